@@ -1,0 +1,6 @@
+"""PointRend: sharp semantic segmentation, refined point by point."""
+
+from pointrend_triton.models import build_model
+
+__version__ = "0.1.0"
+__all__ = ["build_model"]

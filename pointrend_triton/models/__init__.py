@@ -1,0 +1,28 @@
+"""The network: ResNetV1c, FPN, coarse head, point head, and PointRend made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pointrend_triton.config import Config, ModelConfig, load_config
+from pointrend_triton.models.pointrend import PointRend
+
+
+def build_pointrend(config: ModelConfig) -> PointRend:
+    """A freshly initialised model; the file named by `config.pretrained` is left to the caller."""
+    return PointRend(config)
+
+
+def build_model(source: str | Path | Mapping[str, Any] | Config) -> PointRend:
+    """A freshly initialised model from a YAML file, the name of a bundled configuration, a mapping
+    or a Config.
+
+    No weights are read: `load_checkpoint` and `load_backbone` of `pointrend_triton.checkpoint` do
+    that.
+    """
+    return build_pointrend(load_config(source).model)
+
+
+__all__ = ["PointRend", "build_model", "build_pointrend"]

@@ -1,0 +1,37 @@
+"""Cross entropy and accuracy over pixels or points, in the two published conventions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = 255
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, average: str) -> Tensor:
+    """Mean cross entropy in fp32; for C = 1, of the sigmoid against labels 0 and 1.
+
+    Args:
+        logits: [N, C, ...].
+        labels: int64 [N, ...], 255 ignored.
+        average: "all" divides by the number of all pixels (mmsegmentation), "valid" by that of the
+            pixels not ignored (detectron2; zero where there is none).
+    """
+    valid = labels != IGNORE
+    if logits.shape[1] == 1:
+        target = labels.clamp(max=1).float()
+        losses = F.binary_cross_entropy_with_logits(logits[:, 0].float(), target, reduction="none")
+        losses = losses.masked_fill(~valid, 0)
+    else:
+        losses = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
+    count = labels.numel() if average == "all" else valid.sum().clamp(min=1)
+    return losses.sum() / count
+
+
+@torch.no_grad()
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The percentage of pixels not ignored whose class is right; 0 where there is none."""
+    predicted = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1)
+    valid = labels != IGNORE
+    return 100 * ((predicted == labels) & valid).sum() / valid.sum().clamp(min=1)

@@ -1,0 +1,407 @@
+"""The point operations of PointRend: argument checks, documentation and the choice of a backend.
+
+Shapes: N images, C channels or classes, H x W cells of a map, P points.
+Every operation takes tensors of any strides and maps in fp32, fp16 or bf16. Coordinates are (x, y)
+in [0, 1] over the whole map (half-pixel centres: cell (i, j) lies at ((j + 0.5) / W, (i + 0.5) /
+H)), in fp32; half precision is widened.
+
+Every backend computes what `pointrend_triton.reference` computes. Errors name the argument, the
+rule and what
+came: ValueError for values and shapes, TypeError for types.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pointrend_triton import reference
+from pointrend_triton.reference import Uncertainty
+
+UNCERTAINTIES = ("top2_margin", "neg_abs")
+BACKENDS = ("auto", "triton", "reference")
+_LABEL_TYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def point_sample(
+    input: Tensor,
+    coords: Tensor,
+    *,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Samples a map at points, as detectron2's and mmcv's `point_sample`.
+
+    Beyond the border the map is zero ("zeros"), so points within half a cell of it are blended with
+    zeros;
+    that is part of PointRend's numbers.
+
+    Args:
+        input: [N, C, H, W], floating point, or integer or bool (labels and masks).
+        coords: [N, P, 2], [1, P, 2] shared by all maps, or [N, Hg, Wg, 2]; may lie outside [0, 1].
+        mode: "bilinear" or "nearest" (ties go to the even cell, as in `grid_sample`).
+        padding_mode: "zeros" or "border".
+        align_corners: True puts 0 and 1 on the centres of the outermost cells.
+        out_dtype: None promotes map and coordinates (so fp32 for half maps, as under autocast);
+            integer and bool maps keep their type where nearest and give fp32 where bilinear.
+
+    Returns:
+        [N, C, P], or [N, C, Hg, Wg].
+    """
+    _check_map("input", input)
+    _check_coords(coords, input.shape[0])
+    _check_choice("mode", mode, ("bilinear", "nearest"))
+    _check_choice("padding_mode", padding_mode, ("zeros", "border"))
+    _resolve_backend(input)
+    return reference.point_sample(
+        input,
+        coords,
+        mode=mode,
+        padding_mode=padding_mode,
+        align_corners=align_corners,
+        out_dtype=out_dtype,
+    )
+
+
+@torch.no_grad()
+def select_uncertain_points(
+    logits: Tensor,
+    num_points: int,
+    *,
+    oversample_ratio: float = 3.0,
+    importance_sample_ratio: float = 0.75,
+    uncertainty: Uncertainty = "top2_margin",
+    generator: torch.Generator | None = None,
+    draws: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Points to train on: the most uncertain of many random ones, then random ones (PointRend
+    section 3.1).
+
+    Draws `torch.rand(N, int(num_points * oversample_ratio), 2)`, keeps the
+    `int(importance_sample_ratio * num_points)` most uncertain, and appends `torch.rand` points up
+    to `num_points`: for the same seed the points of mmsegmentation and detectron2.
+
+    Args:
+        logits: [N, C, H, W].
+        num_points: P, at least 1.
+        oversample_ratio: candidates per point, at least 1.
+        importance_sample_ratio: the share of uncertain points, in [0, 1].
+        uncertainty: "top2_margin" (second largest minus largest logit), "neg_abs" (-|logit|, the
+            rule where C = 1), or a callable from sampled logits [N, C, K] to [N, 1, K], larger
+            being more uncertain.
+        generator: for the draws; eager mode only.
+        draws: the two draws ready-made, in place of random ones.
+
+    Returns:
+        [N, P, 2] coordinates, without gradient.
+    """
+    _check_map("logits", logits)
+    _check_uncertainty(uncertainty)
+    if num_points < 1:
+        raise ValueError(f"num_points must be at least 1, not {num_points}")
+    if oversample_ratio < 1:
+        raise ValueError(f"oversample_ratio must be at least 1, not {oversample_ratio}")
+    if not 0 <= importance_sample_ratio <= 1:
+        raise ValueError(
+            f"importance_sample_ratio must be within 0 and 1, not {importance_sample_ratio}"
+        )
+    if draws is not None:
+        num_uncertain = int(importance_sample_ratio * num_points)
+        expected = (int(num_points * oversample_ratio), num_points - num_uncertain)
+        for name, draw, count in zip(("candidates", "random"), draws, expected, strict=True):
+            if tuple(draw.shape) != (logits.shape[0], count, 2):
+                raise ValueError(
+                    f"draws: the {name} must be {(logits.shape[0], count, 2)}, "
+                    f"not {tuple(draw.shape)}"
+                )
+    _resolve_backend(logits)
+    return reference.select_uncertain_points(
+        logits,
+        num_points,
+        oversample_ratio=oversample_ratio,
+        importance_sample_ratio=importance_sample_ratio,
+        uncertainty=uncertainty,
+        generator=generator,
+        draws=draws,
+    )
+
+
+@torch.no_grad()
+def topk_on_grid(uncertainty: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k most uncertain cells of each map; NaN counts as largest.
+
+    Args:
+        uncertainty: [N, 1, H, W].
+        k: at least 0; at most H * W cells are given.
+
+    Returns:
+        flat cell indices int64 [N, k'] in any order, and the cells' centres fp32 [N, k', 2], with
+        k' = min(k, H * W).
+    """
+    _check_map("uncertainty", uncertainty)
+    if uncertainty.shape[1] != 1:
+        raise ValueError(f"uncertainty must be [N, 1, H, W], not {tuple(uncertainty.shape)}")
+    if k < 0:
+        raise ValueError(f"k must be at least 0, not {k}")
+    _resolve_backend(uncertainty)
+    return reference.topk_on_grid(uncertainty, k)
+
+
+@torch.no_grad()
+def upsample_uncertainty(
+    logits: Tensor,
+    scale: int = 2,
+    *,
+    uncertainty: Uncertainty = "top2_margin",
+    return_logits: bool = True,
+    return_labels: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Enlarges logits bilinearly (border cells repeated) and scores every cell.
+
+    The score is taken from the fp32 interpolated values, before they are rounded for storage.
+
+    Args:
+        logits: [N, C, H, W].
+        scale: whole factor, at least 1.
+        uncertainty: as in `select_uncertain_points`.
+
+    Returns:
+        uncertainty fp32 [N, 1, sH, sW]; the logits [N, C, sH, sW] in their own dtype, or None; the
+        labels [N, sH, sW] (uint8 up to 256 classes, else int64), or None.
+    """
+    _check_map("logits", logits)
+    _check_uncertainty(uncertainty)
+    if scale < 1:
+        raise ValueError(f"scale must be at least 1, not {scale}")
+    _resolve_backend(logits)
+    return reference.upsample_uncertainty(
+        logits,
+        scale,
+        uncertainty=uncertainty,
+        return_logits=return_logits,
+        return_labels=return_labels,
+    )
+
+
+def point_head(
+    fine_map: Tensor,
+    coarse_map: Tensor,
+    coords: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    coarse_each_layer: bool = True,
+) -> Tensor:
+    """Samples fine features and coarse logits at points and runs the point MLP on them (PointRend
+    section 3.3).
+
+    Args:
+        fine_map: [N, F, H, W].
+        coarse_map: [N, C, H', W'], of any size of its own.
+        coords: [N, P, 2].
+        weights: hidden layers first, the predictor last, each [out, in] or Conv1d's [out, in, 1].
+        biases: one [out] for each weight.
+        coarse_each_layer: True concatenates the coarse logits again after every hidden layer
+            (mmsegmentation), False only before the first (detectron2's semantic head).
+
+    Returns:
+        logits [N, out of the predictor, P], differentiable in both maps, weights and biases.
+    """
+    _check_map("fine_map", fine_map)
+    _check_map("coarse_map", coarse_map)
+    if coords.dim() != 3:
+        raise ValueError(f"coords must be [N, P, 2], not {tuple(coords.shape)}")
+    _check_coords(coords, fine_map.shape[0])
+    _check_layers(fine_map, coarse_map, weights, biases, coarse_each_layer)
+    _resolve_backend(fine_map)
+    return reference.point_head(
+        fine_map, coarse_map, coords, weights, biases, coarse_each_layer=coarse_each_layer
+    )
+
+
+@torch.no_grad()
+def decode(
+    logits: Tensor,
+    *,
+    image_size: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Logits of a grid -> labels of an image, in mmsegmentation's two steps.
+
+    Args:
+        logits: [N, C, H, W].
+        image_size: (height, width) of the network's input, to which the grid is resampled first.
+        size: (height, width) of the result, to which that is resampled next; both bilinear, None
+            for none.
+
+    Returns:
+        class indices [N, h, w]: uint8 up to 256 classes, else int64; for C = 1, whether the logit
+        is positive.
+    """
+    _check_map("logits", logits)
+    _resolve_backend(logits)
+    return reference.decode(logits, image_size=image_size, size=size)
+
+
+@torch.no_grad()
+def refine(
+    coarse: Tensor,
+    fine_map: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    steps: int = 2,
+    num_points: int = 8196,
+    coarse_each_layer: bool = True,
+    uncertainty: str = "top2_margin",
+    output: str = "logits",
+    image_size: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """PointRend's adaptive subdivision: enlarge twofold, compute the uncertain cells again, `steps`
+    times.
+
+    Args:
+        coarse: [N, C, H, W] logits.
+        fine_map: [N, F, H', W'] features.
+        weights, biases, coarse_each_layer: as in `point_head`.
+        num_points: cells computed again in each step; all of them where the grid has fewer.
+        uncertainty: "top2_margin" or "neg_abs".
+        output: "logits", or "labels" as `decode` gives them.
+        image_size, size: as in `decode`, for logits too.
+
+    Returns:
+        logits [N, C, h, w] or labels [N, h, w]; h x w is `size`, else `image_size`, else 2^steps
+        times H x W.
+    """
+    _check_map("coarse", coarse)
+    _check_map("fine_map", fine_map)
+    _check_layers(fine_map, coarse, weights, biases, coarse_each_layer)
+    _check_choice("uncertainty", uncertainty, UNCERTAINTIES)
+    _check_choice("output", output, ("logits", "labels"))
+    if steps < 0 or num_points < 0:
+        raise ValueError(f"steps and num_points must be at least 0, not {steps} and {num_points}")
+    _resolve_backend(coarse)
+    return reference.refine(
+        coarse,
+        fine_map,
+        weights,
+        biases,
+        steps=steps,
+        num_points=num_points,
+        coarse_each_layer=coarse_each_layer,
+        uncertainty=uncertainty,
+        output=output,
+        image_size=image_size,
+        size=size,
+    )
+
+
+class backend:
+    """Chooses who computes: `ops.backend("reference")` sets it, `with ops.backend(...)` for a
+    block.
+
+    "auto" takes the fastest that fits the tensors, "reference" the PyTorch twin, "triton" the
+    kernels or an error that says why not. The environment variable POINTREND_BACKEND gives the
+    initial choice.
+    """
+
+    _chosen: str | None = None
+
+    def __init__(self, name: str) -> None:
+        _check_choice("backend", name, BACKENDS)
+        self._previous = backend._chosen
+        backend._chosen = name
+
+    def __enter__(self) -> backend:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        backend._chosen = self._previous
+
+    @staticmethod
+    def current() -> str:
+        """The choice in force: "auto", "triton" or "reference"."""
+        name = backend._chosen or os.environ.get("POINTREND_BACKEND", "auto")
+        _check_choice("POINTREND_BACKEND", name, BACKENDS)
+        return name
+
+
+def _resolve_backend(tensor: Tensor) -> str:
+    """The one place that decides; the Triton kernels will be chosen here."""
+    if backend.current() == "triton":
+        raise RuntimeError(
+            f"backend 'triton' was asked for a tensor on {tensor.device}, but this version has no "
+            "Triton kernels; use 'auto' or 'reference'"
+        )
+    return "reference"
+
+
+def _check_map(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+    if value.dim() != 4:
+        raise ValueError(f"{name} must be [N, C, H, W], not {tuple(value.shape)}")
+    if not value.is_floating_point() and not (name == "input" and value.dtype in _LABEL_TYPES):
+        raise TypeError(f"{name} must be floating point, not {value.dtype}")
+
+
+def _check_coords(coords: Tensor, n: int) -> None:
+    if coords.dim() not in (3, 4) or coords.shape[-1] != 2:
+        raise ValueError(f"coords must be [N, P, 2] or [N, Hg, Wg, 2], not {tuple(coords.shape)}")
+    if coords.shape[0] not in (1, n):
+        raise ValueError(f"coords must be for {n} maps or shared (1), not for {coords.shape[0]}")
+    if not coords.is_floating_point():
+        raise TypeError(f"coords must be floating point in [0, 1], not {coords.dtype}")
+
+
+def _check_layers(
+    fine_map: Tensor,
+    coarse_map: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    coarse_each_layer: bool,
+) -> None:
+    if len(weights) != len(biases) or not weights:
+        raise ValueError(
+            "weights and biases must be as many, and at least one, "
+            f"not {len(weights)} and {len(biases)}"
+        )
+    if fine_map.shape[0] != coarse_map.shape[0]:
+        raise ValueError(
+            "fine_map and the coarse map must hold as many images, "
+            f"not {fine_map.shape[0]} and {coarse_map.shape[0]}"
+        )
+    classes = coarse_map.shape[1]
+    width = fine_map.shape[1] + classes
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if weight.dim() not in (2, 3) or weight.shape[1] != width or weight.shape[2:].numel() != 1:
+            raise ValueError(
+                f"weights[{i}] must be [out, {width}] or [out, {width}, 1] for these maps, "
+                f"not {tuple(weight.shape)}"
+            )
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"biases[{i}] must be {(weight.shape[0],)}, not {tuple(bias.shape)}")
+        width = weight.shape[0] + (classes if coarse_each_layer else 0)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _check_uncertainty(value: Uncertainty) -> None:
+    if not callable(value):
+        _check_choice("uncertainty", value, UNCERTAINTIES)

@@ -1,0 +1,46 @@
+"""What all tests share: Triton's interpreter where there is no GPU, fixed seeds, and where the data is."""
+
+import os
+import random
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is defined, so it comes before any import of the package
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# the tensors are small: more threads wait for each other longer than they compute
+torch.set_num_threads(min(4, os.cpu_count() or 1))
+
+# an example's time says little here: the first one compiles, the interpreter is slow
+hypothesis.settings.register_profile("pointrend", parent=hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("pointrend")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Where real images lie: POINTREND_DATA, or a folder that clones beside each other share."""
+    root = Path(os.environ.get("POINTREND_DATA", ROOT.parent / "shared" / "data"))
+    if not root.is_dir():
+        pytest.skip(f"no data at {root}: set POINTREND_DATA to the folder that holds it")
+    return root
