@@ -1,6 +1,7 @@
 """PointRend: sharp semantic segmentation, refined point by point."""
 
+from pointrend_triton.checkpoint import from_checkpoint, load_checkpoint
 from pointrend_triton.models import build_model
 
 __version__ = "0.1.0"
-__all__ = ["build_model"]
+__all__ = ["build_model", "from_checkpoint", "load_checkpoint"]
