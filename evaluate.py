@@ -1,0 +1,232 @@
+"""Evaluate a checkpoint: how good its class maps are, above all at borders, and how fast it is.
+
+    python evaluate.py cityscapes_r50 pointrend_r50.pth data.root=data/cityscapes
+    python evaluate.py cityscapes_r50 pointrend_r50.pth data.root=data/cityscapes --ms-flip
+    python evaluate.py ade20k_r50 pointrend_r50.pth data.root=data/ade --both --json ade.json
+    python evaluate.py shapes_r18 runs/demo/last.pth --both --pictures runs/demo/pictures
+    python evaluate.py runs/mine/config.yaml runs/mine/last.pth --limit 200 --speed
+
+CONFIG says which data and which protocol; the network is what CHECKPOINT holds, except that the
+steps and points of the subdivision are CONFIG's: they leave no trace in tensors. mmsegmentation's
+published checkpoints load as they are.
+
+Scores are percentages over the whole split, images at their own size:
+  IoU, Acc     per class; mIoU and mAcc their means, aAcc over all pixels (as mmsegmentation)
+  Boundary IoU per class, of the pixels within 2 % of the image diagonal of its border (Cheng et
+               al. 2021), and the mean
+  band mIoU    over pixels within 1, 3 or 5 pixels of a change of class in the truth
+The last two leave out pixels within those 2 % of an ignored pixel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from fnmatch import fnmatch
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pointrend_triton
+from pointrend_triton.checkpoint import CheckpointError, from_checkpoint
+from pointrend_triton.config import Config, ConfigError, load_config
+from pointrend_triton.data import DataError, SegmentationDataset, build_dataset
+from pointrend_triton.inference import (
+    WARMUP_IMAGES,
+    Speed,
+    evaluate_dataset,
+    example_picture,
+    measure_speed,
+    pick_device,
+)
+from pointrend_triton.metrics import SegmentationMetrics
+from pointrend_triton.models.pointrend import PointRend
+from pointrend_triton.report import result, tables, to_json
+from pointrend_triton.visualize import colorize, save_png, write_atomic
+
+
+class UsageError(ValueError):
+    """Arguments that do not fit each other or the files they name."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    try:
+        evaluate(args)
+    except (UsageError, ConfigError, DataError, CheckpointError, OSError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted; no scores were written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="a YAML file or the name of a bundled configuration")
+    add("checkpoint", metavar="CHECKPOINT", type=Path, help="a file of train.py or mmsegmentation")
+    add("overrides", metavar="key=value", nargs="*", help="changes to CONFIG: data.root=/data/ade")
+    add("--split", help="which split; data.eval_split of CONFIG by default")
+    method = parser.add_mutually_exclusive_group()
+    method.add_argument("--coarse", action="store_true", help="evaluate without the refinement")
+    method.add_argument(
+        "--both", action="store_true", help="evaluate without and with it, and compare"
+    )
+    add("--ms-flip", action="store_true", help="six scales, each also mirrored: twelve passes")
+    add("--limit", metavar="N", type=positive, help="only the first N images")
+    add("--only", metavar="GLOB", help="only images whose stem matches, such as 'frankfurt_*'")
+    add("--save", metavar="DIR", type=Path, help="write color/ and, for test servers, submission/")
+    add("--pictures", metavar="DIR", type=Path, help="write pictures: truth, points, errors")
+    add("--picture-count", metavar="N", type=positive, default=8, help="how many (default: 8)")
+    add("--speed", action="store_true", help="also time 195 images (or N), single scale, after 5")
+    add("--json", metavar="FILE", type=Path, help="write everything that was measured")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    add("--amp", action="store_true", help="run the network in bfloat16 where autocast allows it")
+    return parser.parse_intermixed_args(argv)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    if args.json and args.json.is_dir():
+        raise UsageError(f"--json {args.json} is a folder; it must name a file")
+    config = load_config(args.config, args.overrides)
+    split = args.split or config.data.eval_split
+    scale = config.data.test_scale
+    try:
+        device = pick_device(args.device)
+    except ValueError as error:
+        raise UsageError(f"--device {error}") from None
+    dataset = build_dataset(config.data, split)
+    model = load_model(args.checkpoint, config, dataset, args.both).to(device)
+    chosen = choose_images(dataset, args.only, args.limit)
+
+    only = "coarse" if args.coarse or model.point_head is None else "refined"
+    methods = ["coarse", "refined"] if args.both else [only]
+    metrics: dict[str, SegmentationMetrics] = {}
+    speeds: dict[str, Speed] = {}
+    for method in methods:
+        folder = args.save / method if args.save and args.both else args.save
+        metrics[method] = evaluate_dataset(
+            model,
+            dataset,
+            scale,
+            coarse=method == "coarse",
+            multi_scale=args.ms_flip,
+            amp=args.amp,
+            indices=chosen,
+            workers=config.data.workers,
+            on_prediction=saver(dataset, folder) if folder else None,
+        )
+        if args.speed:
+            images = min(200, WARMUP_IMAGES + (args.limit or 200))
+            speeds[method] = measure_speed(
+                model, dataset, scale, images=images, coarse=method == "coarse", amp=args.amp
+            )
+    scores = {method: counted.compute() for method, counted in metrics.items()}
+    passes = "six scales and flip" if args.ms_flip else "single scale"
+    print(f"{len(chosen)} images of {config.data.dataset} {split}, {passes}\n")
+    print(tables(dataset.classes, scores, speeds))
+    if args.pictures:
+        every = max(1, len(chosen) // args.picture_count)
+        for index in chosen[::every][: args.picture_count]:
+            picture = example_picture(model, *dataset.load(index), scale, dataset.palette)
+            save_png(args.pictures / f"{dataset.stem(index)}.png", picture)
+    if args.json:
+        record = facts(args, config, split, len(dataset), model, device)
+        record["results"] = {
+            method: result(dataset.classes, metrics[method], speeds.get(method))
+            for method in methods
+        }
+        write_atomic(args.json, to_json(record))
+
+
+def load_model(path: Path, config: Config, dataset: SegmentationDataset, both: bool) -> PointRend:
+    """The checkpoint's model, checked against the data, subdividing as the configuration says."""
+    model = from_checkpoint(path)
+    predicted, needed = model.config.num_classes, len(dataset.classes)
+    # one logit tells two classes apart
+    if max(predicted, 2) != needed:
+        raise UsageError(
+            f"{path} predicts {predicted} classes, the data set {config.data.dataset} has {needed}"
+        )
+    if model.classes and tuple(name.strip() for name in model.classes) != tuple(dataset.classes):
+        print(f"note: {path} names its classes otherwise than the data set", file=sys.stderr)
+    if model.point_head is None and both:
+        raise UsageError(f"{path} has no point head, so --both has nothing to compare")
+    if model.point_head is not None and config.model.point_head is not None:
+        for name in ("subdivision_steps", "subdivision_num_points"):
+            setattr(model.point_head.config, name, getattr(config.model.point_head, name))
+    return model
+
+
+def choose_images(dataset: SegmentationDataset, glob: str | None, limit: int | None) -> list[int]:
+    chosen = [i for i in range(len(dataset)) if glob is None or fnmatch(dataset.stem(i), glob)]
+    if not chosen:
+        example = f"; the first is {dataset.stem(0)}" if len(dataset) else ""
+        raise UsageError(f"--only {glob!r} matches none of {len(dataset)} images{example}")
+    return chosen[:limit]
+
+
+def saver(dataset: SegmentationDataset, folder: Path) -> Any:
+    def save(index: int, prediction: Any) -> None:
+        name = f"{dataset.stem(index)}.png"
+        save_png(folder / "color" / name, colorize(prediction, dataset.palette))
+        save_png(folder / "submission" / name, dataset.encode(prediction))
+
+    return save
+
+
+def facts(
+    args: argparse.Namespace,
+    config: Config,
+    split: str,
+    available: int,
+    model: PointRend,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What a reader of the numbers needs to know about how they came to be."""
+    with args.checkpoint.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    packages = ("torch", "numpy", "opencv-python-headless")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": str(args.config),
+        "overrides": args.overrides,
+        "checkpoint": {"file": args.checkpoint.name, "sha256": sha256},
+        "data": {"dataset": config.data.dataset, "split": split, "images": available},
+        "protocol": {
+            "scale": config.data.test_scale,
+            "multi_scale_flip": args.ms_flip,
+            "amp": args.amp,
+            "limit": args.limit,
+            "only": args.only,
+        },
+        "model": model.config,
+        "device": gpu or f"{device.type}, {platform.machine()}",
+        "versions": {
+            "pointrend_triton": pointrend_triton.__version__,
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            **{name: metadata.version(name) for name in packages},
+        },
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
