@@ -22,21 +22,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import platform
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from fnmatch import fnmatch
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import pointrend_triton
 from pointrend_triton.checkpoint import CheckpointError, from_checkpoint
 from pointrend_triton.config import Config, ConfigError, load_config
 from pointrend_triton.data import DataError, SegmentationDataset, build_dataset
+from pointrend_triton.environment import environment
 from pointrend_triton.inference import (
     WARMUP_IMAGES,
     Speed,
@@ -202,10 +199,8 @@ def facts(
     """What a reader of the numbers needs to know about how they came to be."""
     with args.checkpoint.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    packages = ("torch", "numpy", "opencv-python-headless")
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **environment(device),
         "config": str(args.config),
         "overrides": args.overrides,
         "checkpoint": {"file": args.checkpoint.name, "sha256": sha256},
@@ -218,13 +213,6 @@ def facts(
             "only": args.only,
         },
         "model": model.config,
-        "device": gpu or f"{device.type}, {platform.machine()}",
-        "versions": {
-            "pointrend_triton": pointrend_triton.__version__,
-            "python": platform.python_version(),
-            "cuda": torch.version.cuda,
-            **{name: metadata.version(name) for name in packages},
-        },
     }
 
 

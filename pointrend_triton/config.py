@@ -113,6 +113,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         sizes = {"scale": self.scale, "crop_size": self.crop_size, "shapes_size": self.shapes_size}
+        if self.test_scale is not None:
+            sizes["test_scale"] = self.test_scale
         for name, size in sizes.items():
             _require(min(size) >= 1, f"data.{name} must be two positive numbers, not {list(size)}")
         low, high = self.scale_range
@@ -299,7 +301,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         )
     node[leaf] = value
     try:
-        from_dict(Config, tree)
+        # complete again, so that a later override finds what a mapping given as value left out
+        tree.update(to_dict(from_dict(Config, tree)))
     except ConfigError as error:
         raise ConfigError(f"override '{override}': {error}") from None
 
@@ -312,7 +315,7 @@ def _full_key(key: str, tree: Mapping[str, Any], override: str) -> str:
     def paths(node: Mapping[str, Any], where: str) -> list[str]:
         found = [f"{where}{key}"] if key in node and where else []
         for name, child in node.items():
-            if isinstance(child, Mapping):
+            if isinstance(child, Mapping) and name != "published":  # its keys are free
                 found += paths(child, f"{where}{name}.")
         return found
 

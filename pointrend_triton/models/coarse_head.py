@@ -30,7 +30,7 @@ class CoarseHead(nn.Module):
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
         init_predictor(self.conv_seg, std=0.01)
         for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) and bn_updates > 1:
                 module.momentum = 1 - (1 - BN_MOMENTUM) ** bn_updates
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:

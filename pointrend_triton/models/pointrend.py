@@ -52,11 +52,7 @@ class PointRend(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Images -> the pyramid, four maps at strides 4, 8, 16, 32."""
-        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(
-                "images must be normalised floating point [B, 3, H, W], "
-                f"not {images.dtype} {tuple(images.shape)}"
-            )
+        _check_images(images)
         return self.neck(self.backbone(images))
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
@@ -139,6 +135,7 @@ class PointRend(nn.Module):
         return reference.resample(coarse, image_size)
 
     def _losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        _check_images(images)
         if labels.dtype != torch.int64 or labels.shape != (images.shape[0], *images.shape[2:]):
             raise ValueError(
                 f"labels must be int64 {(images.shape[0], *images.shape[2:])} for these images, "
@@ -163,6 +160,14 @@ class PointRend(nn.Module):
         terms = [value for name, value in losses.items() if name.startswith("loss")]
         losses["loss"] = torch.stack(terms).sum()
         return losses
+
+
+def _check_images(images: Tensor) -> None:
+    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            "images must be normalised floating point [B, 3, H, W], "
+            f"not {images.dtype} {tuple(images.shape)}"
+        )
 
 
 def _size(images: Tensor) -> tuple[int, int]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import importlib.machinery
 import json
-import platform
 import sys
 import types
 import warnings
@@ -356,14 +355,13 @@ def compare(path):
     if path:
         import mmseg
 
-        versions = {"mmsegmentation": mmseg.__version__, "torch": torch.__version__}
-        versions["python"] = platform.python_version()
-        Path(path).write_text(
-            json.dumps(
-                {"device": "cpu", "versions": versions, "failed": failed, "cases": cases}, indent=1
-            )
-            + "\n"
-        )
+        from pointrend_triton.environment import environment
+
+        record = {"command": "python tests/golden/make_golden.py compare --json FILE"}
+        record |= environment(torch.device("cpu"))
+        record["versions"]["mmsegmentation"] = mmseg.__version__
+        record |= {"failed": failed, "cases": cases}
+        Path(path).write_text(json.dumps(record, indent=1) + "\n")
     print(f"{failed} checks missed their limit")
     return 1 if failed else 0
 

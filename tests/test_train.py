@@ -1,0 +1,224 @@
+"""train.py run for real, on tiny networks and drawn shapes."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import train
+from pointrend_triton import build_model
+from pointrend_triton.config import ConfigError, TrainConfig, load_config
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "model": {
+        **{"depth": 18, "num_classes": 8},
+        **{"base_channels": 8, "fpn_channels": 8, "head_channels": 8},
+        "point_head": {"channels": 8, "num_points": 32, "subdivision_num_points": 64},
+    },
+    "data": {
+        **{"dataset": "shapes", "shapes_size": [64, 64], "crop_size": [64, 64], "scale": [64, 64]},
+        **{"test_scale": None, "shapes_train_images": 10, "shapes_eval_images": 3, "workers": 0},
+    },
+    "train": {
+        **{"iterations": 8, "batch_size": 2, "warmup_iterations": 2, "log_every": 1},
+        **{"eval_every": 4, "checkpoint_every": 3, "pictures": 1, "device": "cpu"},
+    },
+}
+# what may differ between two runs of the same trajectory
+CLOCKS = {"images_per_second", "peak_memory_gb"}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+def rows(run_dir):
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k not in CLOCKS} for row in csv.DictReader(file)]
+
+
+def run(tiny, run_dir, *overrides):
+    train.main([str(tiny), f"run_dir={run_dir}", *overrides])
+    return rows(run_dir)
+
+
+def weights(run_dir, name="last.pth"):
+    return torch.load(run_dir / name, weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(
+    ("iteration", "expected"),
+    [
+        (0, 0.001),
+        (100, 0.005493874),
+        (199, 0.009932933),
+        (1000, 0.009888555),
+        (40000, 0.005405279),
+        (79999, 0.000100383),
+    ],
+)
+def test_schedule_of_the_published_runs(iteration, expected):
+    # computed from mmcv 1.x's LrUpdaterHook for 80 000 iterations, to nine decimals
+    assert train.learning_rate(iteration, TrainConfig()) == pytest.approx(expected, abs=5e-10)
+
+
+def test_a_run_writes_what_it_promises(tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    written = run(tiny, run_dir)
+    assert [int(row["iteration"]) for row in written] == list(range(1, 9))
+    assert [row["iteration"] for row in written if row["miou"]] == ["4", "8"]
+    assert all(float(row["loss"]) > 0 and float(row["loss_point"]) > 0 for row in written)
+    assert load_config(run_dir / "config.yaml").model.base_channels == 8
+    saved = torch.load(run_dir / "last.pth", weights_only=True)
+    assert saved["meta"]["iteration"] == 8
+    assert saved["meta"]["best"] == max(float(row["miou"]) for row in written if row["miou"])
+    model = build_model(run_dir / "config.yaml")
+    model.load_state_dict(saved["state_dict"])
+    assert list(run_dir.glob("events.out.tfevents.*"))
+    assert (run_dir / "best.pth").exists()
+    leftovers = {p.name for p in run_dir.iterdir()} - {
+        *("config.yaml", "metrics.csv", "last.pth", "best.pth"),
+        *(p.name for p in run_dir.glob("events.*")),
+    }
+    assert not leftovers
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(tiny, tmp_path):
+    first, again = run(tiny, tmp_path / "a"), run(tiny, tmp_path / "b", "workers=1")
+    assert first == again
+    assert run(tiny, tmp_path / "c", "seed=1") != first
+
+
+def test_stopping_and_resuming_changes_nothing(tiny, tmp_path, monkeypatch, capsys):
+    straight = run(tiny, tmp_path / "straight")
+    original = train.learning_rate
+
+    def stop_during_iteration_5(iteration, config, signals=[signal.SIGTERM]):  # noqa: B006, once
+        if iteration == 4 and signals:
+            os.kill(os.getpid(), signals.pop())
+        return original(iteration, config)
+
+    monkeypatch.setattr(train, "learning_rate", stop_during_iteration_5)
+    stopped = run(tiny, tmp_path / "stopped")
+    assert "SIGTERM" in capsys.readouterr().out
+    assert stopped == straight[:5]
+    monkeypatch.undo()
+    assert run(tiny, tmp_path / "stopped", "resume=auto") == straight
+    for name, tensor in weights(tmp_path / "straight").items():
+        assert torch.equal(tensor, weights(tmp_path / "stopped")[name]), name
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_from_its_last_checkpoint(tiny, tmp_path):
+    straight, killed = run(tiny, tmp_path / "straight", "iterations=60"), tmp_path / "killed"
+    command = [sys.executable, "train.py", str(tiny), f"run_dir={killed}", "iterations=60"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (killed / "last.pth").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    at_death = torch.load(killed / "last.pth", weights_only=True)["meta"]["iteration"]
+    assert 3 <= at_death < 60 and at_death % 3 == 0
+    assert run(tiny, killed, "iterations=60", "resume=auto") == straight
+
+
+def test_a_run_is_not_written_over(tiny, tmp_path):
+    run(tiny, tmp_path / "run", "iterations=1")
+    with pytest.raises(FileExistsError, match="resume=auto"):
+        run(tiny, tmp_path / "run", "iterations=1")
+
+
+def test_resuming_names_what_changed(tiny, tmp_path):
+    run(tiny, tmp_path / "run", "iterations=1")
+    with pytest.raises(ValueError, match=r"train.lr: 0.01 then, 0.02 now"):
+        run(tiny, tmp_path / "run", "iterations=1", "resume=auto", "lr=0.02")
+
+
+def test_a_finished_run_has_nothing_to_resume(tiny, tmp_path, capsys):
+    run(tiny, tmp_path / "run", "iterations=1")
+    before = (tmp_path / "run" / "last.pth").stat().st_mtime_ns
+    run(tiny, tmp_path / "run", "iterations=1", "resume=auto")
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert (tmp_path / "run" / "last.pth").stat().st_mtime_ns == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
+    # one log line over all iterations: the first bad one is found, not the last
+    overrides = ("lr=1e20", "warmup_iterations=0", "log_every=100", "checkpoint_every=100")
+    with pytest.raises(FloatingPointError, match=r"at iteration [2-4];.*shapes:train:\d+, shapes:"):
+        run(tiny, tmp_path / "run", *overrides, "eval_every=100")
+    assert not (tmp_path / "run" / "last.pth").exists()
+
+
+def test_without_point_head_and_with_one_logit(tiny, tmp_path, data_root):
+    root = data_root / "davis2016_sample"
+    written = run(
+        *(tiny, tmp_path / "run", "iterations=2", "eval_every=2", "eval_images=1"),
+        *("data.dataset=folder", f"data.root={root}", "model.num_classes=1"),
+        "model.point_head=null",
+    )
+    assert written[-1]["loss_point"] == "" and float(written[-1]["miou"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("train.lrr=1", ConfigError, "did you mean 'train.lr'"),
+        ("model.num_classes=5", ValueError, "data set has 8 classes"),
+        ("model.pretrained=nowhere/resnet18.pth", FileNotFoundError, "nowhere"),
+        ("device=cuda:99", ValueError, "cuda:99"),
+    ],
+)
+def test_errors_name_what_is_wrong(tiny, tmp_path, override, error, message):
+    if "cuda" in override and torch.cuda.is_available():
+        pytest.skip("a CUDA GPU is present: this is about machines without one")
+    with pytest.raises(error, match=message):
+        run(tiny, tmp_path / "run", override)
+    assert not (tmp_path / "run" / "last.pth").exists()
+
+
+def test_the_published_configs_ask_for_a_backbone(tmp_path, monkeypatch):
+    from pointrend_triton.data import build_dataset
+
+    shapes = build_dataset(load_config(TINY).data, "train")
+    monkeypatch.chdir(tmp_path)
+    for depth, prefix in ((50, "2cccc1ad"), (101, "e67eebb6")):
+        config = load_config(f"cityscapes_r{depth}", ["model.num_classes=8"])
+        with pytest.raises(FileNotFoundError, match=f"https://.*resnet{depth}_v1c-{prefix}.pth"):
+            train.make_model(config, shapes, resuming=False)
+
+
+def test_a_backbone_file_is_loaded(tiny, tmp_path):
+    donor = build_model({"model": {**TINY["model"], "num_classes": 3}})
+    torch.save(donor.backbone.state_dict(), tmp_path / "backbone.pth")
+    model = train.make_model(
+        load_config(tiny, [f"pretrained={tmp_path / 'backbone.pth'}"]),
+        train.build_dataset(load_config(tiny).data, "train"),
+        resuming=False,
+    )
+    for name, tensor in donor.backbone.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], tensor), name
+
+
+def test_train_py_is_to_be_read_in_one_sitting():
+    assert len((ROOT / "train.py").read_text().splitlines()) <= 400
+
+
+def test_help_names_the_commands():
+    result = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "resume=auto" in result.stdout and "shapes_r18" in result.stdout

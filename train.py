@@ -1,0 +1,386 @@
+"""Trains PointRend from a configuration, on one GPU or on the CPU.
+
+    python train.py shapes_r18                                   # small, from scratch, minutes on a
+    CPU python train.py camvid_r18 data.root=path/to/camvid          # real photographs
+    python train.py cityscapes_r50 data.root=path/to/cityscapes train.amp=true
+    train.channels_last=true python train.py my.yaml train.lr=0.02 model.point_head=null  # any YAML
+    file, any key overridden python train.py shapes_r18 resume=auto                       # go on
+    where the run folder stands
+
+The first argument is a YAML file or the name of a bundled configuration (configs/*.yaml); the
+others are key=value overrides, whose last name is enough where it is unique. The run folder
+(train.run_dir, by default runs/NAME) gets config.yaml, metrics.csv, TensorBoard events (tensorboard
+--logdir runs), last.pth and best.pth (highest mIoU).
+
+It is the recipe of the published runs (SGD, poly schedule, warm-up, augmentation), in one loop to
+be read top to bottom. Ctrl-C or SIGTERM finishes the iteration at hand, writes last.pth and stops;
+a second one stops at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from pointrend_triton.checkpoint import (
+    load_backbone,
+    missing_backbone_message,
+    read_checkpoint,
+    save_checkpoint,
+)
+from pointrend_triton.config import Config, TrainConfig, load_config, save_config, to_dict
+from pointrend_triton.data import SegmentationDataset, build_dataset, train_loader
+from pointrend_triton.inference import evaluate_dataset, example_picture, peak_memory
+from pointrend_triton.models import PointRend, build_model
+
+COLUMNS = (
+    *("iteration", "lr", "loss", "loss_coarse", "loss_point", "acc_coarse", "acc_point"),
+    *("images_per_second", "peak_memory_gb", "miou", "boundary_iou"),
+)
+
+
+# ---------------------------------------------------------------- configuration and run folder
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="YAML file, or name of a bundled configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.lr=0.02")
+    return parser.parse_args(argv)
+
+
+def prepare_run_dir(config: Config, name: str) -> tuple[Path, Path | None]:
+    """Makes the run folder -> itself, and the checkpoint to resume from; spares another run's."""
+    run_dir = Path(config.train.run_dir or Path("runs") / name)
+    resume = config.train.resume
+    if resume == "auto":
+        checkpoint = run_dir / "last.pth"
+        checkpoint = checkpoint if checkpoint.exists() else None
+    else:
+        checkpoint = Path(resume) if resume else None
+        if checkpoint is None and (run_dir / "last.pth").exists():
+            raise FileExistsError(
+                f"{run_dir} holds a run already: go on with it by resume=auto, start another with "
+                "run_dir=..., or remove it"
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return run_dir, checkpoint
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"train.device is '{name}', but PyTorch finds no CUDA GPU")
+    return device
+
+
+# ---------------------------------------------------------------- model, optimiser, schedule
+
+
+def make_model(config: Config, dataset: SegmentationDataset, resuming: bool) -> PointRend:
+    wanted, present = max(config.model.num_classes, 2), len(dataset.classes)
+    if wanted != present:
+        raise ValueError(
+            f"model.num_classes is {config.model.num_classes}, but the data set has {present} "
+            "classes (one logit, num_classes: 1, goes with two classes)"
+        )
+    model = build_model(config)
+    model.classes = tuple(dataset.classes)
+    model.palette = dataset.palette.tolist()
+    if config.model.pretrained is not None and not resuming:
+        if not Path(config.model.pretrained).is_file():
+            raise FileNotFoundError(
+                missing_backbone_message(config.model.pretrained, config.model.depth)
+            )
+        print(load_backbone(model.backbone, config.model.pretrained))
+    return model
+
+
+def learning_rate(iteration: int, train: TrainConfig) -> float:
+    """The poly schedule of mmcv 1.x with linear warm-up, `iteration` from 0.
+
+    Poly runs from iteration 0, under the warm-up, down to min_lr; the warm-up multiplies it.
+    """
+    lr = (train.lr - train.min_lr) * (
+        1 - iteration / train.iterations
+    ) ** train.power + train.min_lr
+    if iteration < train.warmup_iterations:
+        lr *= 1 - (1 - train.warmup_ratio) * (1 - iteration / train.warmup_iterations)
+    return lr
+
+
+def make_optimizer(model: PointRend, train: TrainConfig) -> torch.optim.Optimizer:
+    # one group: weight decay on every parameter, BatchNorm and biases too, as published
+    return torch.optim.SGD(
+        model.parameters(), train.lr, momentum=train.momentum, weight_decay=train.weight_decay
+    )
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save(
+    path: Path,
+    model: PointRend,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    iteration: int,
+    best: float,
+) -> None:
+    """Everything that the rest of the run depends on, after `iteration` iterations."""
+    rng = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state()
+    meta = {
+        "model": to_dict(config.model),
+        "classes": list(model.classes or ()),
+        "palette": model.palette,
+        "iteration": iteration,
+        "best": best,
+        "config": to_dict(config),
+    }
+    payload = {
+        "format": "pointrend_triton",
+        "version": 1,
+        "meta": meta,
+        "state_dict": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": rng,
+    }
+    save_checkpoint(path, payload)
+
+
+def restore(
+    path: Path, model: PointRend, optimizer: torch.optim.Optimizer, config: Config
+) -> tuple[int, float]:
+    """Puts a run back where `save` left it -> iterations done, best mIoU; refuses another run's."""
+    saved = read_checkpoint(path)
+    if saved.get("format") != "pointrend_triton" or "optimizer" not in saved:
+        raise ValueError(
+            f"{path} is not a training checkpoint of this project: there is nothing to resume"
+        )
+    free = {
+        "log_every",
+        "eval_every",
+        "eval_images",
+        "checkpoint_every",
+        "pictures",
+        "resume",
+        "run_dir",
+        "device",
+    }
+    for section in ("model", "data", "train"):
+        then, now = saved["meta"]["config"][section], to_dict(getattr(config, section))
+        changed = [k for k in now if k not in free | {"root", "workers"} and then.get(k) != now[k]]
+        if changed:
+            listed = ", ".join(f"{section}.{k}: {then.get(k)} then, {now[k]} now" for k in changed)
+            raise ValueError(f"{path} was trained with another configuration ({listed})")
+    model.load_state_dict(saved["state_dict"])
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["rng"]["cpu"])
+    if torch.cuda.is_available() and "cuda" in saved["rng"]:
+        torch.cuda.set_rng_state(saved["rng"]["cuda"])
+    return saved["meta"]["iteration"], saved["meta"]["best"]
+
+
+# ---------------------------------------------------------------- records
+
+
+class Record:
+    """metrics.csv and TensorBoard; what lies beyond the iteration resumed from is dropped."""
+
+    def __init__(self, run_dir: Path, start: int):
+        self.path = run_dir / "metrics.csv"
+        rows = []
+        if start > 0 and self.path.exists():
+            with self.path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["iteration"]) <= start]
+        partial = self.path.with_suffix(".csv.partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(self.path)
+        self.board = SummaryWriter(str(run_dir), purge_step=start + 1)
+
+    def write(self, iteration: int, values: dict[str, float]) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerow({"iteration": iteration, **values})
+        for name, value in values.items():
+            self.board.add_scalar(name, value, iteration)
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag; the second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.usual = {
+            number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.name = signal.Signals(number).name
+        self.release()
+
+    def release(self) -> None:
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
+
+
+def check_finite(losses: list[Tensor], batches: list[tuple[int, list[str]]]) -> None:
+    """The only reading of losses back to the host: once a log line, not once an iteration."""
+    for value, (iteration, files) in zip(torch.stack(losses).tolist(), batches, strict=True):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss is {value} at iteration {iteration}; the batch's files: "
+                f"{', '.join(files)}"
+            )
+
+
+def evaluate(
+    model: PointRend, dataset: SegmentationDataset, config: Config, record: Record, iteration: int
+) -> dict[str, float]:
+    scale, amp = config.data.test_scale, config.train.amp
+    scores = evaluate_dataset(
+        model,
+        dataset,
+        scale,
+        amp=amp,
+        limit=config.train.eval_images,
+        workers=max(1, config.data.workers),
+    ).compute()
+    for index in range(min(config.train.pictures, len(dataset))):
+        picture = example_picture(model, *dataset.load(index), scale, dataset.palette)
+        record.board.add_image(
+            f"prediction/{dataset.stem(index)}", picture, iteration, dataformats="HWC"
+        )
+    return {"miou": scores["miou"], "boundary_iou": scores["mean_boundary_iou"]}
+
+
+# ---------------------------------------------------------------- the run
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    train, data = config.train, config.data
+    run_dir, checkpoint = prepare_run_dir(config, Path(arguments.config).stem)
+    device = choose_device(train.device)
+    torch.manual_seed(train.seed)
+
+    train_set, eval_set = (
+        build_dataset(data, data.train_split),
+        build_dataset(data, data.eval_split),
+    )
+    model = make_model(config, train_set, resuming=checkpoint is not None).to(device)
+    if train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, train)
+    start, best = restore(checkpoint, model, optimizer, config) if checkpoint else (0, -1.0)
+    if start >= train.iterations:
+        print(f"{checkpoint} is trained to its last iteration, {start}; nothing is left to do")
+        return
+    loss_of = torch.compile(model) if train.compile else model
+
+    save_config(config, run_dir / "config.yaml")
+    record = Record(run_dir, start)
+    loader = train_loader(
+        train_set,
+        data,
+        train.batch_size,
+        train.seed,
+        start,
+        train.iterations,
+        pin_memory=device.type == "cuda",
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{run_dir}: {parameters / 1e6:.1f} M parameters on {device}, {len(train_set)} training "
+        f"and {len(eval_set)} evaluation images, iterations {start} to {train.iterations}"
+    )
+
+    model.train()
+    stop = StopRequest()
+    bar = tqdm(total=train.iterations, initial=start, unit="it", dynamic_ncols=True, disable=None)
+    since, losses, batches = time.perf_counter(), [], []
+    try:
+        for iteration, (images, labels, files) in enumerate(loader, start):
+            done = iteration + 1
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(iteration, train)
+            images, labels = (
+                images.to(device, non_blocking=True),
+                labels.to(device, non_blocking=True),
+            )
+            if train.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=train.amp):
+                out = loss_of(images, labels)
+            out["loss"].backward()
+            optimizer.step()
+
+            losses.append(out["loss"].detach())
+            batches.append((done, files))
+            bar.update()
+            last = done == train.iterations or bool(stop.name)
+            saves = last or done % train.checkpoint_every == 0
+            evaluates = done % train.eval_every == 0 or done == train.iterations
+            if not (saves or evaluates or done % train.log_every == 0):
+                continue
+
+            check_finite(losses, batches)
+            values = {name: value.item() for name, value in out.items()}
+            values["lr"] = learning_rate(iteration, train)
+            values["images_per_second"] = len(losses) * len(images) / (time.perf_counter() - since)
+            values["peak_memory_gb"] = peak_memory(device)[0] * 2**20 / 1e9
+            bar.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['acc_coarse']:.1f}%")
+            if evaluates and not stop.name:
+                values |= evaluate(model, eval_set, config, record, done)
+                line = "{miou:.2f} mIoU, {boundary_iou:.2f} Boundary IoU".format(**values)
+                bar.write(f"iteration {done}: loss {values['loss']:.3f}, {line}")
+                if values["miou"] > best:
+                    best = values["miou"]
+                    save(run_dir / "best.pth", model, optimizer, config, done, best)
+            elif bar.disable:
+                print(f"iteration {done}/{train.iterations}: loss {values['loss']:.3f}", flush=True)
+            record.write(done, values)
+            if saves:
+                save(run_dir / "last.pth", model, optimizer, config, done, best)
+            if stop.name:
+                bar.write(
+                    f"{stop.name}: wrote {run_dir / 'last.pth'} at iteration {done}; "
+                    "resume=auto goes on"
+                )
+                break
+            since, losses, batches = time.perf_counter(), [], []
+    finally:
+        bar.close()
+        record.board.close()
+        stop.release()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        text = str(error).strip()
+        # of an error in a loader's process, PyTorch puts the traceback before its text
+        sys.exit(f"error: {text.splitlines()[-1] if 'Original Traceback' in text else text}")
