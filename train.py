@@ -41,7 +41,12 @@ from pointrend_triton.checkpoint import (
 )
 from pointrend_triton.config import Config, TrainConfig, load_config, save_config, to_dict
 from pointrend_triton.data import SegmentationDataset, build_dataset, train_loader
-from pointrend_triton.inference import evaluate_dataset, example_picture, peak_memory
+from pointrend_triton.inference import (
+    evaluate_dataset,
+    example_picture,
+    peak_memory,
+    pick_device,
+)
 from pointrend_triton.models import PointRend, build_model
 
 COLUMNS = (
@@ -78,15 +83,6 @@ def prepare_run_dir(config: Config, name: str) -> tuple[Path, Path | None]:
             )
     run_dir.mkdir(parents=True, exist_ok=True)
     return run_dir, checkpoint
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"train.device is '{name}', but PyTorch finds no CUDA GPU")
-    return device
 
 
 # ---------------------------------------------------------------- model, optimiser, schedule
@@ -281,13 +277,11 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(arguments.config, arguments.overrides)
     train, data = config.train, config.data
     run_dir, checkpoint = prepare_run_dir(config, Path(arguments.config).stem)
-    device = choose_device(train.device)
+    device = pick_device(train.device)
     torch.manual_seed(train.seed)
 
-    train_set, eval_set = (
-        build_dataset(data, data.train_split),
-        build_dataset(data, data.eval_split),
-    )
+    train_set = build_dataset(data, data.train_split)
+    eval_set = build_dataset(data, data.eval_split)
     model = make_model(config, train_set, resuming=checkpoint is not None).to(device)
     if train.channels_last:
         model = model.to(memory_format=torch.channels_last)

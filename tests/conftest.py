@@ -1,4 +1,4 @@
-"""What all tests share: Triton's interpreter where there is no GPU, fixed seeds, and where the data is."""
+"""What all tests share: Triton's interpreter without a GPU, fixed seeds, where the data is."""
 
 import os
 import random
