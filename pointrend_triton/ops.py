@@ -102,17 +102,18 @@ def select_uncertain_points(
     Returns:
         [N, P, 2] coordinates, without gradient.
     """
-    _check_map("logits", logits)
+    _check_logits("logits", logits)
     _check_uncertainty(uncertainty)
-    if num_points < 1:
-        raise ValueError(f"num_points must be at least 1, not {num_points}")
-    if oversample_ratio < 1:
+    _check_count("num_points", num_points, 1)
+    if not oversample_ratio >= 1:
         raise ValueError(f"oversample_ratio must be at least 1, not {oversample_ratio}")
     if not 0 <= importance_sample_ratio <= 1:
         raise ValueError(
             f"importance_sample_ratio must be within 0 and 1, not {importance_sample_ratio}"
         )
     if draws is not None:
+        if len(draws) != 2:
+            raise ValueError(f"draws must be (candidates, random), not {len(draws)} tensors")
         num_uncertain = int(importance_sample_ratio * num_points)
         expected = (int(num_points * oversample_ratio), num_points - num_uncertain)
         for name, draw, count in zip(("candidates", "random"), draws, expected, strict=True):
@@ -148,8 +149,7 @@ def topk_on_grid(uncertainty: Tensor, k: int) -> tuple[Tensor, Tensor]:
     _check_map("uncertainty", uncertainty)
     if uncertainty.shape[1] != 1:
         raise ValueError(f"uncertainty must be [N, 1, H, W], not {tuple(uncertainty.shape)}")
-    if k < 0:
-        raise ValueError(f"k must be at least 0, not {k}")
+    _check_count("k", k, 0)
     _resolve_backend(uncertainty)
     return reference.topk_on_grid(uncertainty, k)
 
@@ -176,10 +176,9 @@ def upsample_uncertainty(
         uncertainty fp32 [N, 1, sH, sW]; the logits [N, C, sH, sW] in their own dtype, or None; the
         labels [N, sH, sW] (uint8 up to 256 classes, else int64), or None.
     """
-    _check_map("logits", logits)
+    _check_logits("logits", logits)
     _check_uncertainty(uncertainty)
-    if scale < 1:
-        raise ValueError(f"scale must be at least 1, not {scale}")
+    _check_count("scale", scale, 1)
     _resolve_backend(logits)
     return reference.upsample_uncertainty(
         logits,
@@ -216,9 +215,9 @@ def point_head(
     """
     _check_map("fine_map", fine_map)
     _check_map("coarse_map", coarse_map)
+    _check_coords(coords, fine_map.shape[0])
     if coords.dim() != 3:
         raise ValueError(f"coords must be [N, P, 2], not {tuple(coords.shape)}")
-    _check_coords(coords, fine_map.shape[0])
     _check_layers(fine_map, coarse_map, weights, biases, coarse_each_layer)
     _resolve_backend(fine_map)
     return reference.point_head(
@@ -245,7 +244,8 @@ def decode(
         class indices [N, h, w]: uint8 up to 256 classes, else int64; for C = 1, whether the logit
         is positive.
     """
-    _check_map("logits", logits)
+    _check_logits("logits", logits)
+    _check_sizes(image_size, size)
     _resolve_backend(logits)
     return reference.decode(logits, image_size=image_size, size=size)
 
@@ -281,13 +281,14 @@ def refine(
         logits [N, C, h, w] or labels [N, h, w]; h x w is `size`, else `image_size`, else 2^steps
         times H x W.
     """
-    _check_map("coarse", coarse)
+    _check_logits("coarse", coarse)
     _check_map("fine_map", fine_map)
     _check_layers(fine_map, coarse, weights, biases, coarse_each_layer)
     _check_choice("uncertainty", uncertainty, UNCERTAINTIES)
     _check_choice("output", output, ("logits", "labels"))
-    if steps < 0 or num_points < 0:
-        raise ValueError(f"steps and num_points must be at least 0, not {steps} and {num_points}")
+    _check_count("steps", steps, 0)
+    _check_count("num_points", num_points, 0)
+    _check_sizes(image_size, size)
     _resolve_backend(coarse)
     return reference.refine(
         coarse,
@@ -334,7 +335,7 @@ class backend:
     @staticmethod
     def current() -> str:
         """The choice in force: "auto", "triton" or "reference"."""
-        name = backend._chosen or os.environ.get("POINTREND_BACKEND", "auto")
+        name = backend._chosen or os.environ.get("POINTREND_BACKEND") or "auto"
         _check_choice("POINTREND_BACKEND", name, BACKENDS)
         return name
 
@@ -354,11 +355,22 @@ def _check_map(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
     if value.dim() != 4:
         raise ValueError(f"{name} must be [N, C, H, W], not {tuple(value.shape)}")
+    if 0 in value.shape[2:]:
+        raise ValueError(f"{name} must have at least one cell, not {tuple(value.shape)}")
     if not value.is_floating_point() and not (name == "input" and value.dtype in _LABEL_TYPES):
-        raise TypeError(f"{name} must be floating point, not {value.dtype}")
+        rule = "floating point, integer or bool" if name == "input" else "floating point"
+        raise TypeError(f"{name} must be {rule}, not {value.dtype}")
+
+
+def _check_logits(name: str, value: Tensor) -> None:
+    _check_map(name, value)
+    if value.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one class, not {tuple(value.shape)}")
 
 
 def _check_coords(coords: Tensor, n: int) -> None:
+    if not isinstance(coords, Tensor):
+        raise TypeError(f"coords must be a tensor, not {type(coords).__name__}")
     if coords.dim() not in (3, 4) or coords.shape[-1] != 2:
         raise ValueError(f"coords must be [N, P, 2] or [N, Hg, Wg, 2], not {tuple(coords.shape)}")
     if coords.shape[0] not in (1, n):
@@ -387,6 +399,9 @@ def _check_layers(
     classes = coarse_map.shape[1]
     width = fine_map.shape[1] + classes
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        for name, value in (("weights", weight), ("biases", bias)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}[{i}] must be a tensor, not {type(value).__name__}")
         if weight.dim() not in (2, 3) or weight.shape[1] != width or weight.shape[2:].numel() != 1:
             raise ValueError(
                 f"weights[{i}] must be [out, {width}] or [out, {width}, 1] for these maps, "
@@ -400,6 +415,19 @@ def _check_layers(
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
+def _check_sizes(image_size: tuple[int, int] | None, size: tuple[int, int] | None) -> None:
+    for name, value in (("image_size", image_size), ("size", size)):
+        if value is not None and (len(value) != 2 or not all(side >= 1 for side in value)):
+            raise ValueError(f"{name} must be (height, width) of at least 1, not {tuple(value)}")
 
 
 def _check_uncertainty(value: Uncertainty) -> None:

@@ -26,7 +26,7 @@ def point_sample(
     align_corners: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    coords = coords.float() if coords.dtype in (torch.float16, torch.bfloat16) else coords
+    coords = _widen(coords)
     coords = coords.expand(input.shape[0], *coords.shape[1:])
     is_list = coords.dim() == 3
     grid = 2 * (coords.unsqueeze(2) if is_list else coords) - 1  # [N, P, 1, 2] or [N, Hg, Wg, 2]
@@ -36,11 +36,17 @@ def point_sample(
             input.to(common), grid.to(common), mode, padding_mode, align_corners
         )
     elif mode == "bilinear":
-        sampled = F.grid_sample(input.float(), grid, mode, padding_mode, align_corners)
+        sampled = F.grid_sample(input.to(grid.dtype), grid, mode, padding_mode, align_corners)
+        sampled = sampled.float()
     else:
         sampled = _gather_nearest(input, grid, padding_mode, align_corners)
     sampled = sampled.squeeze(3) if is_list else sampled
     return sampled if out_dtype is None else sampled.to(out_dtype)
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    """Half precision as fp32; fp64 stays, so that what is here can be its own fp64 oracle."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _gather_nearest(input: Tensor, grid: Tensor, padding_mode: str, align_corners: bool) -> Tensor:
@@ -129,7 +135,7 @@ def upsample_uncertainty(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     # in fp32, and the margin taken before the logits are rounded for storage
     upsampled = F.interpolate(
-        logits.float(), scale_factor=scale, mode="bilinear", align_corners=False
+        _widen(logits), scale_factor=scale, mode="bilinear", align_corners=False
     )
     scores = score(upsampled, uncertainty)
     labels = logits_to_labels(upsampled) if return_labels else None
@@ -157,7 +163,10 @@ def point_head(
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.conv1d(x, weight if weight.dim() == 3 else weight.unsqueeze(2), bias)
+    weight = weight if weight.dim() == 3 else weight.unsqueeze(2)
+    if x.shape[2] == 0:  # no points, which conv1d refuses
+        return weight[:, :, 0] @ x + bias[:, None]
+    return F.conv1d(x, weight, bias)
 
 
 def resample(logits: Tensor, size: tuple[int, int] | None) -> Tensor:
@@ -179,7 +188,7 @@ def decode(
     image_size: tuple[int, int] | None = None,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
-    return logits_to_labels(resample(resample(logits.float(), image_size), size))
+    return logits_to_labels(resample(resample(_widen(logits), image_size), size))
 
 
 def refine(
