@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 Uncertainty = str | Callable[[Tensor], Tensor]
@@ -63,8 +64,8 @@ def _gather_nearest(input: Tensor, grid: Tensor, padding_mode: str, align_corner
         return clamped.long(), nearest == clamped
 
     (x, x_inside), (y, y_inside) = index(grid[..., 0], width), index(grid[..., 1], height)
-    flat = (y * width + x).flatten(1).unsqueeze(1).expand(-1, c, -1)  # [N, C, Hg * Wg]
-    sampled = input.flatten(2).gather(2, flat).view(n, c, *grid.shape[1:3])
+    cells = repeat(y * width + x, "n hg wg -> n c (hg wg)", c=c)
+    sampled = rearrange(input, "n c h w -> n c (h w)").gather(2, cells).view(n, c, *x.shape[1:])
     if padding_mode == "zeros":
         sampled = sampled * (x_inside & y_inside).unsqueeze(1).to(sampled.dtype)
     return sampled
@@ -106,7 +107,7 @@ def select_uncertain_points(
     # margin
     scores = score(point_sample(logits, candidates), uncertainty)[:, 0]  # [N, candidates]
     chosen = scores.topk(num_uncertain, dim=1).indices
-    uncertain = candidates.gather(1, chosen.unsqueeze(2).expand(-1, -1, 2))
+    uncertain = candidates.gather(1, repeat(chosen, "n k -> n k xy", xy=2))
     return torch.cat([uncertain, random], dim=1)
 
 
@@ -245,6 +246,7 @@ def refine_step(
     points = point_head(
         fine_map, coarse, coords, weights, biases, coarse_each_layer=coarse_each_layer
     )
-    index = indices.unsqueeze(1).expand(-1, points.shape[1], -1)
-    flat = upsampled.flatten(2).scatter(2, index, points.to(upsampled.dtype))
+    index = repeat(indices, "n k -> n c k", c=points.shape[1])
+    cells = rearrange(upsampled, "n c h w -> n c (h w)")
+    flat = cells.scatter(2, index, points.to(upsampled.dtype))
     return flat.view_as(upsampled), coords

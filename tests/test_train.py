@@ -123,7 +123,9 @@ def test_stopping_and_resuming_changes_nothing(tiny, tmp_path, monkeypatch, caps
 def test_a_killed_run_resumes_from_its_last_checkpoint(tiny, tmp_path):
     straight, killed = run(tiny, tmp_path / "straight", "iterations=60"), tmp_path / "killed"
     command = [sys.executable, "train.py", str(tiny), f"run_dir={killed}", "iterations=60"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    # as many threads as here: their number decides the order of sums
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (killed / "last.pth").exists():
         assert process.poll() is None and time.monotonic() < deadline
