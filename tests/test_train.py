@@ -137,6 +137,33 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(tiny, tmp_path):
     assert run(tiny, killed, "iterations=60", "resume=auto") == straight
 
 
+def test_rows_beyond_the_checkpoint_are_dropped(tmp_path):
+    record = train.Record(tmp_path, start=0)
+    for iteration in (1, 2, 3):
+        record.write(iteration, {"loss": 0.5})
+    train.Record(tmp_path, start=2)
+    assert [row["iteration"] for row in rows(tmp_path)] == ["1", "2"]
+    train.Record(tmp_path, start=0)
+    assert rows(tmp_path) == []
+
+
+def test_the_optimiser_follows_the_schedule(tiny, tmp_path):
+    # the warm-up starts at a learning rate of zero: the first step moves nothing
+    run(tiny, tmp_path / "run", "iterations=1", "warmup_ratio=0.0")
+    torch.manual_seed(0)
+    before = dict(build_model(tiny).named_parameters())
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(parameter, after[name]) for name, parameter in before.items())
+
+
+def test_best_is_the_checkpoint_of_the_highest_miou(tiny, tmp_path, monkeypatch):
+    scores = iter([50.0, 60.0, 55.0, 60.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"miou": next(scores), "boundary_iou": 0.0})
+    run(tiny, tmp_path / "run", "eval_every=2")
+    best = torch.load(tmp_path / "run" / "best.pth", weights_only=True)["meta"]
+    assert (best["iteration"], best["best"]) == (4, 60.0)
+
+
 def test_a_run_is_not_written_over(tiny, tmp_path):
     run(tiny, tmp_path / "run", "iterations=1")
     with pytest.raises(FileExistsError, match="resume=auto"):
