@@ -67,8 +67,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepare_run_dir(config: Config, name: str) -> tuple[Path, Path | None]:
-    """Makes the run folder -> itself, and the checkpoint to resume from; spares another run's."""
+def choose_run_dir(config: Config, name: str) -> tuple[Path, Path | None]:
+    """The run folder, and the checkpoint to resume from; a folder that holds a run is refused."""
     run_dir = Path(config.train.run_dir or Path("runs") / name)
     resume = config.train.resume
     if resume == "auto":
@@ -81,7 +81,6 @@ def prepare_run_dir(config: Config, name: str) -> tuple[Path, Path | None]:
                 f"{run_dir} holds a run already: go on with it by resume=auto, start another with "
                 "run_dir=..., or remove it"
             )
-    run_dir.mkdir(parents=True, exist_ok=True)
     return run_dir, checkpoint
 
 
@@ -276,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
     train, data = config.train, config.data
-    run_dir, checkpoint = prepare_run_dir(config, Path(arguments.config).stem)
+    run_dir, checkpoint = choose_run_dir(config, Path(arguments.config).stem)
     device = pick_device(train.device)
     torch.manual_seed(train.seed)
 
@@ -292,6 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     loss_of = torch.compile(model) if train.compile else model
 
+    run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
     record = Record(run_dir, start)
     loader = train_loader(
@@ -318,10 +318,8 @@ def main(argv: list[str] | None = None) -> None:
             done = iteration + 1
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(iteration, train)
-            images, labels = (
-                images.to(device, non_blocking=True),
-                labels.to(device, non_blocking=True),
-            )
+            images = images.to(device, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
             if train.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
 
@@ -365,6 +363,8 @@ def main(argv: list[str] | None = None) -> None:
                 )
                 break
             since, losses, batches = time.perf_counter(), [], []
+        else:
+            bar.write(f"done: {run_dir / 'last.pth'}; best.pth has {best:.2f} mIoU")
     finally:
         bar.close()
         record.board.close()
@@ -374,6 +374,8 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what came after the last checkpoint is lost; resume=auto goes on")
     except (ValueError, OSError, FloatingPointError) as error:
         text = str(error).strip()
         # of an error in a loader's process, PyTorch puts the traceback before its text
