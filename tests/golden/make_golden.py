@@ -7,7 +7,7 @@ It needs an environment of its own, made from the package index alone:
     .peer/bin/pip install "setuptools<81" wheel torch==2.13.0 numpy==1.26.4
     .peer/bin/pip install --no-build-isolation mmsegmentation==1.2.2 mmengine==0.10.7
     mmcv-lite==2.1.0 \\
-        ftfy==6.3.1 regex numpy==1.26.4 opencv-python==4.11.0.86
+        ftfy==6.3.1 regex einops==0.8.2 numpy==1.26.4 opencv-python==4.11.0.86
     .peer/bin/python tests/golden/make_golden.py write
     .peer/bin/python tests/golden/make_golden.py compare --json
     benchmarks/results/parity_mmsegmentation.json
@@ -168,6 +168,18 @@ def model_buffers(model):
     }
 
 
+def predict_peer(model, images, size):
+    """Their labels [N, H, W] at the size of an original image that `images` were resized from."""
+    from mmseg.structures import SegDataSample
+
+    shape = tuple(images.shape[2:])
+    metas = {"ori_shape": size, "img_shape": shape, "pad_shape": shape, "padding_size": [0] * 4}
+    model.eval()
+    with torch.no_grad():
+        samples = [SegDataSample(metainfo=metas) for _ in images]
+        return torch.stack([s.pred_sem_seg.data[0] for s in model.predict(images, samples)])
+
+
 def train_peer(model, images, labels, draws):
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
@@ -286,6 +298,10 @@ def compare_case(depth, classes, size):
         rows.append(("chosen cells that differ, not excused", sum(unexcused), 0))
         worst = (final - theirs["final"]).abs().max()
         rows.append(("refined logits at their points, max abs", worst.item(), 1e-4))
+    source_size = (size[0] * 3 // 2 + 1, size[1] * 3 // 2 - 1)
+    differ = ours.predict(images, source_size) != predict_peer(peer, images, source_size)
+    share = differ.double().mean().item()
+    rows.append(("labels at an original image's size, share that differs", share, 1e-5))
     if min(size) < 32:  # BatchNorm over one value per channel has no statistics to train with
         return rows
     size = (min(size[0], 256), min(size[1], 512))
