@@ -1,16 +1,15 @@
 """Trains PointRend from a configuration, on one GPU or on the CPU.
 
-    python train.py shapes_r18                                   # small, from scratch, minutes on a
-    CPU python train.py camvid_r18 data.root=path/to/camvid          # real photographs
-    python train.py cityscapes_r50 data.root=path/to/cityscapes train.amp=true
-    train.channels_last=true python train.py my.yaml train.lr=0.02 model.point_head=null  # any YAML
-    file, any key overridden python train.py shapes_r18 resume=auto                       # go on
-    where the run folder stands
+    python train.py shapes_r18                              # from scratch, minutes on a CPU
+    python train.py camvid_r18 data.root=path/to/camvid     # real photographs
+    python train.py cityscapes_r50 data.root=path/to/cityscapes amp=true channels_last=true
+    python train.py my.yaml lr=0.02 model.point_head=null   # any YAML file, any key overridden
+    python train.py shapes_r18 resume=auto                  # go on where the run folder stands
 
 The first argument is a YAML file or the name of a bundled configuration (configs/*.yaml); the
 others are key=value overrides, whose last name is enough where it is unique. The run folder
-(train.run_dir, by default runs/NAME) gets config.yaml, metrics.csv, TensorBoard events (tensorboard
---logdir runs), last.pth and best.pth (highest mIoU).
+(train.run_dir, by default runs/NAME) gets config.yaml, metrics.csv, TensorBoard events
+(tensorboard --logdir runs), last.pth and best.pth (highest mIoU).
 
 It is the recipe of the published runs (SGD, poly schedule, warm-up, augmentation), in one loop to
 be read top to bottom. Ctrl-C or SIGTERM finishes the iteration at hand, writes last.pth and stops;

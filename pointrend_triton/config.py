@@ -90,11 +90,9 @@ class DataConfig:
     root: str | None = None
     train_split: str = "train"
     eval_split: str = "val"
-    # every n-th image of train_split is kept out of training and becomes the split "holdout"; 0:
-    # none
+    # every n-th image of train_split is kept out of training, as the split "holdout"; 0: none
     holdout_every: int = 0
-    # base scale, the bound of the longer and of the shorter side; keep-ratio resize fits the image
-    # into it
+    # base scale: images are resized, keeping their ratio, to fit this longer and shorter side
     scale: tuple[int, int] = (2048, 1024)
     # random resize: the base scale is multiplied by a factor drawn from this range
     scale_range: tuple[float, float] = (0.5, 2.0)

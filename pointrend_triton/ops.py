@@ -2,12 +2,11 @@
 
 Shapes: N images, C channels or classes, H x W cells of a map, P points.
 Every operation takes tensors of any strides and maps in fp32, fp16 or bf16. Coordinates are (x, y)
-in [0, 1] over the whole map (half-pixel centres: cell (i, j) lies at ((j + 0.5) / W, (i + 0.5) /
-H)), in fp32; half precision is widened.
+in [0, 1] over the whole map, in fp32; half precision is widened. Centres are half-pixel: cell
+(i, j) lies at ((j + 0.5) / W, (i + 0.5) / H).
 
 Every backend computes what `pointrend_triton.reference` computes. Errors name the argument, the
-rule and what
-came: ValueError for values and shapes, TypeError for types.
+rule and what came: ValueError for values and shapes, TypeError for types.
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ def point_sample(
     """Samples a map at points, as detectron2's and mmcv's `point_sample`.
 
     Beyond the border the map is zero ("zeros"), so points within half a cell of it are blended with
-    zeros;
-    that is part of PointRend's numbers.
+    zeros; that is part of PointRend's numbers.
 
     Args:
         input: [N, C, H, W], floating point, or integer or bool (labels and masks).
@@ -81,10 +79,9 @@ def select_uncertain_points(
     generator: torch.Generator | None = None,
     draws: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Points to train on: the most uncertain of many random ones, then random ones (PointRend
-    section 3.1).
+    """Points to train on: the most uncertain of many random ones, then random ones.
 
-    Draws `torch.rand(N, int(num_points * oversample_ratio), 2)`, keeps the
+    PointRend section 3.1. Draws `torch.rand(N, int(num_points * oversample_ratio), 2)`, keeps the
     `int(importance_sample_ratio * num_points)` most uncertain, and appends `torch.rand` points up
     to `num_points`: for the same seed the points of mmsegmentation and detectron2.
 
@@ -198,8 +195,7 @@ def point_head(
     *,
     coarse_each_layer: bool = True,
 ) -> Tensor:
-    """Samples fine features and coarse logits at points and runs the point MLP on them (PointRend
-    section 3.3).
+    """The point MLP on fine features and coarse logits sampled at points (PointRend section 3.3).
 
     Args:
         fine_map: [N, F, H, W].
@@ -265,8 +261,9 @@ def refine(
     image_size: tuple[int, int] | None = None,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """PointRend's adaptive subdivision: enlarge twofold, compute the uncertain cells again, `steps`
-    times.
+    """PointRend's adaptive subdivision (section 3.1).
+
+    `steps` times: enlarge twofold, then compute the most uncertain cells again.
 
     Args:
         coarse: [N, C, H, W] logits.
@@ -306,8 +303,7 @@ def refine(
 
 
 class backend:
-    """Chooses who computes: `ops.backend("reference")` sets it, `with ops.backend(...)` for a
-    block.
+    """Who computes: `ops.backend("reference")` chooses, `with ops.backend(...)` for a block.
 
     "auto" takes the fastest that fits the tensors, "reference" the PyTorch twin, "triton" the
     kernels or an error that says why not. The environment variable POINTREND_BACKEND gives the

@@ -16,8 +16,7 @@ def build_pointrend(config: ModelConfig) -> PointRend:
 
 
 def build_model(source: str | Path | Mapping[str, Any] | Config) -> PointRend:
-    """A freshly initialised model from a YAML file, the name of a bundled configuration, a mapping
-    or a Config.
+    """A freshly initialised model, from all that `load_config` takes.
 
     No weights are read: `load_checkpoint` and `load_backbone` of `pointrend_triton.checkpoint` do
     that.

@@ -54,8 +54,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNetV1c(nn.Module):
-    """Images [N, 3, H, W] -> four maps at strides 4, 8, 16, 32 (every stride-2 layer rounds sizes
-    up).
+    """Images [N, 3, H, W] -> four maps at strides 4, 8, 16, 32, their sizes rounded up.
 
     `out_channels` gives their widths: base_channels x (1, 2, 4, 8), four times that from depth 50
     on.

@@ -5,12 +5,15 @@ It needs an environment of its own, made from the package index alone:
 
     python3.11 -m venv .peer
     .peer/bin/pip install "setuptools<81" wheel torch==2.13.0 numpy==1.26.4
-    .peer/bin/pip install --no-build-isolation mmsegmentation==1.2.2 mmengine==0.10.7
-    mmcv-lite==2.1.0 \\
+    .peer/bin/pip install --no-build-isolation \\
+        mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0 \\
         ftfy==6.3.1 regex einops==0.8.2 numpy==1.26.4 opencv-python==4.11.0.86
+
+and then
+
     .peer/bin/python tests/golden/make_golden.py write
-    .peer/bin/python tests/golden/make_golden.py compare --json
-    benchmarks/results/parity_mmsegmentation.json
+    .peer/bin/python tests/golden/make_golden.py compare \\
+        --json benchmarks/results/parity_mmsegmentation.json
 
 `write` makes tests/golden/*.npz, which tests/test_parity.py checks without mmsegmentation.
 `compare` takes some minutes; it covers both depths and class counts at the sizes below and exits
