@@ -8,8 +8,8 @@
 
 The first argument is a YAML file or the name of a bundled configuration (configs/*.yaml); the
 others are key=value overrides, whose last name is enough where it is unique. The run folder
-(train.run_dir, by default runs/NAME) gets config.yaml, metrics.csv, TensorBoard events
-(tensorboard --logdir runs), last.pth and best.pth (highest mIoU).
+(train.run_dir, by default runs/NAME) gets config.yaml, environment.json, metrics.csv,
+TensorBoard events (tensorboard --logdir runs), last.pth and best.pth (highest mIoU).
 
 It is the recipe of the published runs (SGD, poly schedule, warm-up, augmentation), in one loop to
 be read top to bottom. Ctrl-C or SIGTERM finishes the iteration at hand, writes last.pth and stops;
@@ -40,6 +40,7 @@ from pointrend_triton.checkpoint import (
 )
 from pointrend_triton.config import Config, TrainConfig, load_config, save_config, to_dict
 from pointrend_triton.data import SegmentationDataset, build_dataset, train_loader
+from pointrend_triton.environment import environment
 from pointrend_triton.inference import (
     evaluate_dataset,
     example_picture,
@@ -47,6 +48,8 @@ from pointrend_triton.inference import (
     pick_device,
 )
 from pointrend_triton.models import PointRend, build_model
+from pointrend_triton.report import to_json
+from pointrend_triton.visualize import write_atomic
 
 COLUMNS = (
     *("iteration", "lr", "loss", "loss_coarse", "loss_point", "acc_coarse", "acc_point"),
@@ -292,6 +295,7 @@ def main(argv: list[str] | None = None) -> None:
 
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
+    write_atomic(run_dir / "environment.json", to_json(environment(device)))
     record = Record(run_dir, start)
     loader = train_loader(
         train_set,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "numpy", "opencv-python-headless")
+PACKAGES = ("triton", "numpy", "opencv-python-headless")
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -28,6 +28,8 @@ def environment(device: torch.device) -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
+            # its own word: of a CUDA build, the installed metadata may leave out which
+            "torch": torch.__version__,
             "cuda": torch.version.cuda,
             **{name: _version(name) for name in PACKAGES},
         },

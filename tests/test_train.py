@@ -88,7 +88,7 @@ def test_a_run_writes_what_it_promises(tiny, tmp_path):
     assert list(run_dir.glob("events.out.tfevents.*"))
     assert (run_dir / "best.pth").exists()
     leftovers = {p.name for p in run_dir.iterdir()} - {
-        *("config.yaml", "metrics.csv", "last.pth", "best.pth"),
+        *("config.yaml", "environment.json", "metrics.csv", "last.pth", "best.pth"),
         *(p.name for p in run_dir.glob("events.*")),
     }
     assert not leftovers
