@@ -18,6 +18,8 @@ export TORCHINDUCTOR_CACHE_DIR      := $(CACHE)/inductor
 export CUDA_CACHE_PATH              := $(CACHE)/cuda
 export MPLCONFIGDIR                 := $(CACHE)/matplotlib
 export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
+# pip asks rustc for its version, and rustup then writes its settings
+export RUSTUP_HOME                  := $(CACHE)/rustup
 # set for other Pythons (ROS does), they put other people's packages before the pinned ones
 unexport PYTHONPATH PYTHONHOME
 
