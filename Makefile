@@ -22,6 +22,9 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
 export RUSTUP_HOME                  := $(CACHE)/rustup
 # set for other Pythons (ROS does), they put other people's packages before the pinned ones
 unexport PYTHONPATH PYTHONHOME
+# a user's own pip settings that would install elsewhere
+unexport PIP_TARGET PIP_PREFIX PIP_ROOT
+export PIP_USER := 0
 
 PY    = .venv/bin/python
 READY = .venv/.ready
@@ -82,7 +85,7 @@ $(READY): requirements.lock
 	"$$python" -c 'import venv, ensurepip' 2>/dev/null \
 	  || fail "$$python cannot make virtual environments: on Debian and Ubuntu, install python3-venv."; \
 	other=$$(cat .cache/installing 2>/dev/null) && kill -0 "$$other" 2>/dev/null \
-	  && fail "Another make (process $$other) is installing into .venv: wait for it to end."; \
+	  && fail "Another make (process $$other) is installing into .venv: wait for it to end, or remove .cache/installing if there is none."; \
 	rm -rf .venv || fail "The unfinished or outdated .venv cannot be removed: see above."; \
 	free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1048576) }'); \
 	[ "$${free:-$(CUDA_GB)}" -ge $(CPU_GB) ] \
@@ -92,7 +95,7 @@ $(READY): requirements.lock
 	echo "Installing into .venv with $$python: this takes minutes, once."; \
 	trap 'rm -rf .cache/tmp .cache/installing' EXIT; trap 'exit 1' INT TERM; \
 	mkdir -p .cache/tmp && echo $$$$ > .cache/installing && "$$python" -m venv .venv || fail "$$python could not make .venv: see above."; \
-	TMPDIR="$(CACHE)/tmp" $(PY) -m pip install --disable-pip-version-check --no-input --only-binary :all: -r requirements.lock \
+	TMPDIR="$(CACHE)/tmp" $(PY) -m pip install --retries 2 --disable-pip-version-check --no-input --only-binary :all: -r requirements.lock \
 	  || fail "pip could not install what requirements.lock lists: see above. It needs the network (or an index that pip is configured with), disk space, and Linux (x86-64, aarch64) or macOS (arm64). Then run make again."; \
 	$(PY) -c 'import cv2, numpy, torch' || fail "What was installed does not run here: see above."
 	@touch $@

@@ -1,8 +1,8 @@
 """Evaluate a checkpoint: how good its class maps are, above all at borders, and how fast it is.
 
-    python evaluate.py cityscapes_r50 pointrend_r50.pth data.root=data/cityscapes
-    python evaluate.py cityscapes_r50 pointrend_r50.pth data.root=data/cityscapes --ms-flip
-    python evaluate.py ade20k_r50 pointrend_r50.pth data.root=data/ade --both --json ade.json
+    python evaluate.py cityscapes_r50 FILE.pth data.root=data/cityscapes
+    python evaluate.py cityscapes_r50 FILE.pth data.root=data/cityscapes --ms-flip --json cs.json
+    python evaluate.py ade20k_r50 FILE.pth data.root=data/ade/ADEChallengeData2016 --both
     python evaluate.py shapes_r18 runs/demo/last.pth --both --pictures runs/demo/pictures
     python evaluate.py runs/mine/config.yaml runs/mine/last.pth --limit 200 --speed
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shlex
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -30,7 +31,7 @@ from typing import Any
 
 import torch
 
-from pointrend_triton.checkpoint import CheckpointError, from_checkpoint
+from pointrend_triton.checkpoint import CheckpointError, from_checkpoint, read_checkpoint
 from pointrend_triton.config import Config, ConfigError, load_config
 from pointrend_triton.data import DataError, SegmentationDataset, build_dataset
 from pointrend_triton.environment import environment
@@ -53,7 +54,9 @@ class UsageError(ValueError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
     args = parse_arguments(argv)
+    args.command = shlex.join(["python", "evaluate.py", *argv])
     try:
         evaluate(args)
     except (UsageError, ConfigError, DataError, CheckpointError, OSError) as error:
@@ -82,7 +85,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ms-flip", action="store_true", help="six scales, each also mirrored: twelve passes")
     add("--limit", metavar="N", type=positive, help="only the first N images")
     add("--only", metavar="GLOB", help="only images whose stem matches, such as 'frankfurt_*'")
-    add("--save", metavar="DIR", type=Path, help="write color/ and, for test servers, submission/")
+    add(
+        "--save",
+        metavar="DIR",
+        type=Path,
+        help="write color/ and, for test servers, submission/; needs no labels",
+    )
     add("--pictures", metavar="DIR", type=Path, help="write pictures: truth, points, errors")
     add("--picture-count", metavar="N", type=positive, default=8, help="how many (default: 8)")
     add("--speed", action="store_true", help="also time 195 images (or N), single scale, after 5")
@@ -108,9 +116,11 @@ def evaluate(args: argparse.Namespace) -> None:
         device = pick_device(args.device)
     except ValueError as error:
         raise UsageError(f"--device {error}") from None
-    dataset = build_dataset(config.data, split)
-    model = load_model(args.checkpoint, config, dataset, args.both).to(device)
+    # pictures need no truth
+    predicts_only = args.save is not None or args.pictures is not None
+    dataset = build_dataset(config.data, split, labels_optional=predicts_only)
     chosen = choose_images(dataset, args.only, args.limit)
+    model = load_model(args.checkpoint, config, dataset, args.both).to(device)
 
     only = "coarse" if args.coarse or model.point_head is None else "refined"
     methods = ["coarse", "refined"] if args.both else [only]
@@ -137,7 +147,10 @@ def evaluate(args: argparse.Namespace) -> None:
     scores = {method: counted.compute() for method, counted in metrics.items()}
     passes = "six scales and flip" if args.ms_flip else "single scale"
     print(f"{len(chosen)} images of {config.data.dataset} {split}, {passes}\n")
-    print(tables(dataset.classes, scores, speeds))
+    if dataset.has_labels:
+        print(tables(dataset.classes, scores, speeds))
+    else:
+        print("The split has no labels: there are predictions, and no scores.")
     if args.pictures:
         every = max(1, len(chosen) // args.picture_count)
         for index in chosen[::every][: args.picture_count]:
@@ -167,7 +180,14 @@ def load_model(path: Path, config: Config, dataset: SegmentationDataset, both: b
         raise UsageError(f"{path} has no point head, so --both has nothing to compare")
     if model.point_head is not None and config.model.point_head is not None:
         for name in ("subdivision_steps", "subdivision_num_points"):
-            setattr(model.point_head.config, name, getattr(config.model.point_head, name))
+            own, wanted = (
+                getattr(c, name) for c in (model.point_head.config, config.model.point_head)
+            )
+            if own != wanted:
+                print(
+                    f"note: {name} is {wanted}, as configured; {path} says {own}", file=sys.stderr
+                )
+            setattr(model.point_head.config, name, wanted)
     return model
 
 
@@ -199,11 +219,18 @@ def facts(
     """What a reader of the numbers needs to know about how they came to be."""
     with args.checkpoint.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    meta = read_checkpoint(args.checkpoint).get("meta")
+    iteration = meta.get("iteration", meta.get("iter")) if isinstance(meta, dict) else None
     return {
         **environment(device),
+        "command": args.command,
         "config": str(args.config),
         "overrides": args.overrides,
-        "checkpoint": {"file": args.checkpoint.name, "sha256": sha256},
+        "checkpoint": {
+            "file": args.checkpoint.name,
+            "sha256": sha256,
+            "iteration": iteration if isinstance(iteration, int) else None,
+        },
         "data": {"dataset": config.data.dataset, "split": split, "images": available},
         "protocol": {
             "scale": config.data.test_scale,

@@ -19,21 +19,19 @@ a second one stops at once.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
-import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pointrend_triton.checkpoint import (
+    CheckpointError,
     load_backbone,
+    load_checkpoint,
     missing_backbone_message,
     read_checkpoint,
     save_checkpoint,
@@ -49,13 +47,8 @@ from pointrend_triton.inference import (
 )
 from pointrend_triton.models import PointRend, build_model
 from pointrend_triton.report import to_json
+from pointrend_triton.run import Record, StopRequest
 from pointrend_triton.visualize import write_atomic
-
-COLUMNS = (
-    *("iteration", "lr", "loss", "loss_coarse", "loss_point", "acc_coarse", "acc_point"),
-    *("images_per_second", "peak_memory_gb", "miou", "boundary_iou"),
-)
-
 
 # ---------------------------------------------------------------- configuration and run folder
 
@@ -70,19 +63,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def choose_run_dir(config: Config, name: str) -> tuple[Path, Path | None]:
-    """The run folder, and the checkpoint to resume from; a folder that holds a run is refused."""
+    """The run folder, and the checkpoint to resume from; another run's folder is refused."""
     run_dir = Path(config.train.run_dir or Path("runs") / name)
-    resume = config.train.resume
+    last, resume = run_dir / "last.pth", config.train.resume
     if resume == "auto":
-        checkpoint = run_dir / "last.pth"
-        checkpoint = checkpoint if checkpoint.exists() else None
-    else:
-        checkpoint = Path(resume) if resume else None
-        if checkpoint is None and (run_dir / "last.pth").exists():
-            raise FileExistsError(
-                f"{run_dir} holds a run already: go on with it by resume=auto, start another with "
-                "run_dir=..., or remove it"
-            )
+        if not last.exists():
+            print(f"no checkpoint in {run_dir}: starting from iteration 0")
+        return run_dir, last if last.exists() else None
+    checkpoint = Path(resume) if resume else None
+    if last.exists() and (checkpoint is None or checkpoint.resolve().parent != run_dir.resolve()):
+        raise FileExistsError(
+            f"{run_dir} holds a run already: go on with it by resume=auto, start another with "
+            "run_dir=..., or remove it"
+        )
     return run_dir, checkpoint
 
 
@@ -140,9 +133,10 @@ def save(
     best: float,
 ) -> None:
     """Everything that the rest of the run depends on, after `iteration` iterations."""
+    device = next(model.parameters()).device
     rng = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(device)
     meta = {
         "model": to_dict(config.model),
         "classes": list(model.classes or ()),
@@ -162,16 +156,9 @@ def save(
     save_checkpoint(path, payload)
 
 
-def restore(
-    path: Path, model: PointRend, optimizer: torch.optim.Optimizer, config: Config
-) -> tuple[int, float]:
-    """Puts a run back where `save` left it -> iterations done, best mIoU; refuses another run's."""
-    saved = read_checkpoint(path)
-    if saved.get("format") != "pointrend_triton" or "optimizer" not in saved:
-        raise ValueError(
-            f"{path} is not a training checkpoint of this project: there is nothing to resume"
-        )
-    free = {
+# what may change between the parts of one run
+FREE = {
+    *(
         "log_every",
         "eval_every",
         "eval_images",
@@ -179,65 +166,45 @@ def restore(
         "pictures",
         "resume",
         "run_dir",
-        "device",
-    }
-    for section in ("model", "data", "train"):
-        then, now = saved["meta"]["config"][section], to_dict(getattr(config, section))
-        changed = [k for k in now if k not in free | {"root", "workers"} and then.get(k) != now[k]]
-        if changed:
-            listed = ", ".join(f"{section}.{k}: {then.get(k)} then, {now[k]} now" for k in changed)
-            raise ValueError(f"{path} was trained with another configuration ({listed})")
-    model.load_state_dict(saved["state_dict"])
-    optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["rng"]["cpu"])
-    if torch.cuda.is_available() and "cuda" in saved["rng"]:
-        torch.cuda.set_rng_state(saved["rng"]["cuda"])
-    return saved["meta"]["iteration"], saved["meta"]["best"]
+    ),
+    *("device", "root", "workers", "pretrained"),
+}
 
 
-# ---------------------------------------------------------------- records
+def restore(
+    path: Path, model: PointRend, optimizer: torch.optim.Optimizer, config: Config
+) -> tuple[int, float]:
+    """Puts a run back where `save` left it -> iterations done, best mIoU; refuses another run's."""
+    saved = read_checkpoint(path)
+    try:
+        rng, meta = saved["rng"], saved["meta"]
+        iteration, best = int(meta["iteration"]), float(meta["best"])
+        changed = [
+            f"{section}.{key}: {then[key]} then, {value} now"
+            for section, then in ((s, meta["config"][s]) for s in ("model", "data", "train"))
+            for key, value in to_dict(getattr(config, section)).items()
+            if key not in FREE and then[key] != value
+        ]
+        momentum = saved["optimizer"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a training checkpoint of this project, to be resumed: {error!r}"
+        ) from None
+    if changed:
+        raise CheckpointError(
+            f"{path} was trained with another configuration ({'; '.join(changed)}); "
+            "start another run with run_dir=..., or remove this one"
+        )
+    load_checkpoint(model, path, saved)
+    optimizer.load_state_dict(momentum)
+    torch.set_rng_state(rng["cpu"])
+    device = next(model.parameters()).device
+    if device.type == "cuda" and "cuda" in rng:
+        torch.cuda.set_rng_state(rng["cuda"], device)
+    return iteration, best
 
 
-class Record:
-    """metrics.csv and TensorBoard; what lies beyond the iteration resumed from is dropped."""
-
-    def __init__(self, run_dir: Path, start: int):
-        self.path = run_dir / "metrics.csv"
-        rows = []
-        if start > 0 and self.path.exists():
-            with self.path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["iteration"]) <= start]
-        partial = self.path.with_suffix(".csv.partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        partial.replace(self.path)
-        self.board = SummaryWriter(str(run_dir), purge_step=start + 1)
-
-    def write(self, iteration: int, values: dict[str, float]) -> None:
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerow({"iteration": iteration, **values})
-        for name, value in values.items():
-            self.board.add_scalar(name, value, iteration)
-
-
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag; the second one acts as usual."""
-
-    def __init__(self) -> None:
-        self.name = ""
-        self.usual = {
-            number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-
-    def __call__(self, number: int, frame: Any) -> None:
-        self.name = signal.Signals(number).name
-        self.release()
-
-    def release(self) -> None:
-        for number, handler in self.usual.items():
-            signal.signal(number, handler)
+# ---------------------------------------------------------------- checks and evaluation
 
 
 def check_finite(losses: list[Tensor], batches: list[tuple[int, list[str]]]) -> None:
@@ -273,7 +240,8 @@ def evaluate(
 # ---------------------------------------------------------------- the run
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 128 and the number of the signal that ended the run early."""
     arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
     train, data = config.train, config.data
@@ -290,10 +258,12 @@ def main(argv: list[str] | None = None) -> None:
     start, best = restore(checkpoint, model, optimizer, config) if checkpoint else (0, -1.0)
     if start >= train.iterations:
         print(f"{checkpoint} is trained to its last iteration, {start}; nothing is left to do")
-        return
+        return 0
     loss_of = torch.compile(model) if train.compile else model
 
+    torch.backends.cudnn.benchmark = True  # as published; image sizes never change
     run_dir.mkdir(parents=True, exist_ok=True)
+    config.train.run_dir = str(run_dir)  # so that config.yaml finds its run again
     save_config(config, run_dir / "config.yaml")
     write_atomic(run_dir / "environment.json", to_json(environment(device)))
     record = Record(run_dir, start)
@@ -312,6 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         f"and {len(eval_set)} evaluation images, iterations {start} to {train.iterations}"
     )
 
+    last = run_dir / "last.pth"
     model.train()
     stop = StopRequest()
     bar = tqdm(total=train.iterations, initial=start, unit="it", dynamic_ncols=True, disable=None)
@@ -335,10 +306,10 @@ def main(argv: list[str] | None = None) -> None:
             losses.append(out["loss"].detach())
             batches.append((done, files))
             bar.update()
-            last = done == train.iterations or bool(stop.name)
-            saves = last or done % train.checkpoint_every == 0
+            stopping = bool(stop.name)
             evaluates = done % train.eval_every == 0 or done == train.iterations
-            if not (saves or evaluates or done % train.log_every == 0):
+            saves = stopping or evaluates or done % train.checkpoint_every == 0
+            if not (saves or done % train.log_every == 0):
                 continue
 
             check_finite(losses, batches)
@@ -346,39 +317,43 @@ def main(argv: list[str] | None = None) -> None:
             values["lr"] = learning_rate(iteration, train)
             values["images_per_second"] = len(losses) * len(images) / (time.perf_counter() - since)
             values["peak_memory_gb"] = peak_memory(device)[0] * 2**20 / 1e9
-            bar.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['acc_coarse']:.1f}%")
-            if evaluates and not stop.name:
-                values |= evaluate(model, eval_set, config, record, done)
-                line = "{miou:.2f} mIoU, {boundary_iou:.2f} Boundary IoU".format(**values)
-                bar.write(f"iteration {done}: loss {values['loss']:.3f}, {line}")
-                if values["miou"] > best:
-                    best = values["miou"]
-                    save(run_dir / "best.pth", model, optimizer, config, done, best)
-            elif bar.disable:
-                print(f"iteration {done}/{train.iterations}: loss {values['loss']:.3f}", flush=True)
             record.write(done, values)
-            if saves:
-                save(run_dir / "last.pth", model, optimizer, config, done, best)
+            bar.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['acc_coarse']:.1f}%")
+            if bar.disable:
+                print(f"iteration {done}/{train.iterations}: loss {values['loss']:.3f}", flush=True)
+            if saves:  # before the evaluation, which may take long or fail
+                save(last, model, optimizer, config, done, best)
+            if evaluates and not stopping:
+                scores = evaluate(model, eval_set, config, record, done)
+                record.write(done, scores)
+                line = "{miou:.2f} mIoU, {boundary_iou:.2f} Boundary IoU".format(**scores)
+                bar.write(f"iteration {done}: {line}")
+                if scores["miou"] > best:
+                    best = scores["miou"]
+                    for path in (run_dir / "best.pth", last):
+                        save(path, model, optimizer, config, done, best)
             if stop.name:
-                bar.write(
-                    f"{stop.name}: wrote {run_dir / 'last.pth'} at iteration {done}; "
-                    "resume=auto goes on"
-                )
-                break
+                bar.write(f"{stop.name} after iteration {done}; resume=auto goes on from {last}")
+                return 128 + stop.number
             since, losses, batches = time.perf_counter(), [], []
         else:
-            bar.write(f"done: {run_dir / 'last.pth'}; best.pth has {best:.2f} mIoU")
+            bar.write(f"done: {last}; best.pth has {best:.2f} mIoU")
     finally:
         bar.close()
         record.board.close()
         stop.release()
+    return 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("interrupted: what came after the last checkpoint is lost; resume=auto goes on")
+        sys.exit("interrupted: resume=auto goes on from the last checkpoint, if there is one")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"error: {error}\nbatch_size and crop_size decide what is needed; amp=true needs less"
+        )
     except (ValueError, OSError, FloatingPointError) as error:
         text = str(error).strip()
         # of an error in a loader's process, PyTorch puts the traceback before its text

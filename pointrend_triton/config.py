@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -119,6 +120,8 @@ class DataConfig:
         _require(0 < low <= high, f"data.scale_range must be 0 < low <= high, not {[low, high]}")
         _require(0 < self.crop_max_share <= 1, "data.crop_max_share must be within 0 and 1")
         _require(0 <= self.flip_probability <= 1, "data.flip_probability must be within 0 and 1")
+        for name in ("shapes_train_images", "shapes_eval_images"):
+            _require(getattr(self, name) >= 1, f"data.{name} must be at least 1")
         _require(
             self.holdout_every == 0 or self.holdout_every >= 2,
             "data.holdout_every must be 0 or at least 2",
@@ -158,6 +161,14 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
         _require(self.lr > 0, "train.lr must be positive")
         _require(0 <= self.min_lr <= self.lr, "train.min_lr must be within 0 and train.lr")
+        for name in ("seed", "warmup_iterations", "weight_decay", "power", "pictures"):
+            _require(getattr(self, name) >= 0, f"train.{name} must be at least 0")
+        _require(0 <= self.momentum < 1, "train.momentum must be at least 0 and below 1")
+        _require(0 <= self.warmup_ratio <= 1, "train.warmup_ratio must be within 0 and 1")
+        _require(
+            self.eval_images is None or self.eval_images >= 1,
+            "train.eval_images must be at least 1, or null for all",
+        )
 
 
 @dataclass
@@ -288,9 +299,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(
                 f"override '{override}': unknown key '{key}'{_nearest(name, node, where)}"
             )
-        if (
-            node[name] is None
-        ):  # such as model.point_head=null earlier: start again from its defaults
+        if node[name] is None:
+            # such as model.point_head=null earlier: start again from its defaults
             node[name] = to_dict(cls())
         node, where = node[name], f"{where}.{name}" if where else name
     if leaf not in node:
@@ -309,18 +319,25 @@ def _full_key(key: str, tree: Mapping[str, Any], override: str) -> str:
     """Completes a last name, such as "resume", where only one section has it."""
     if "." in key or key in tree:
         return key
-
-    def paths(node: Mapping[str, Any], where: str) -> list[str]:
-        found = [f"{where}{key}"] if key in node and where else []
-        for name, child in node.items():
-            if isinstance(child, Mapping) and name != "published":  # its keys are free
-                found += paths(child, f"{where}{name}.")
-        return found
-
-    found = paths(tree, "")
+    paths = list(_leaves(tree))
+    found = [path for path in paths if path.rpartition(".")[2] == key]
     if len(found) > 1:
         raise ConfigError(f"override '{override}': '{key}' could be {' or '.join(found)}")
-    return found[0] if found else key
+    if not found:
+        names = {path.rpartition(".")[2]: path for path in paths} | {name: name for name in tree}
+        close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+        hint = f"did you mean '{names[close[0]]}'?" if close else f"sections are {', '.join(tree)}"
+        raise ConfigError(f"override '{override}': unknown key '{key}'; {hint}")
+    return found[0]
+
+
+def _leaves(tree: Mapping[str, Any], where: str = "") -> Iterator[str]:
+    """The full keys below the sections, "model.depth" and so on."""
+    for name, child in tree.items():
+        if where:
+            yield f"{where}.{name}"
+        if isinstance(child, Mapping) and name != "published":  # whose keys are free
+            yield from _leaves(child, f"{where}.{name}" if where else name)
 
 
 def _dataclass_of(cls: Any, name: str) -> Any:
@@ -369,21 +386,22 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
         return {
             _coerce(k, args[0], path): _coerce(v, args[1], f"{path}.{k}") for k, v in value.items()
         }
-    if hint is float and type(value) is int:
-        return float(value)
-    if hint is float and isinstance(value, str) and _is_number(value):
-        return float(value)  # YAML 1.1 reads 1e-4, without a dot, as text
+    if hint is float and (type(value) in (int, float) or _is_number(value)):
+        number = float(value)  # of text too: YAML 1.1 reads 1e-4, without a dot, as text
+        if not math.isfinite(number):
+            raise ConfigError(f"{path} must be a finite number, not {value!r}")
+        return number
     if type(value) is not hint:
         raise ConfigError(f"{path} must be {_TYPE_NAMES.get(hint, hint)}, not {value!r}")
     return value
 
 
-def _is_number(text: str) -> bool:
+def _is_number(value: Any) -> bool:
+    """Whether it is text that reads as a number."""
     try:
-        float(text)
+        return isinstance(value, str) and float(value) is not None
     except ValueError:
         return False
-    return True
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

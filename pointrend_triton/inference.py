@@ -293,8 +293,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        # the first sentence: PyTorch may go on to list all of its backends
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(f"{name!r} is no device here: {reason}") from None
     return device
 

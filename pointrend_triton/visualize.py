@@ -19,6 +19,8 @@ TITLE_HEIGHT = 24
 GAP = 4
 # a tile narrower than this is enlarged by whole factors, so that single pixels can be seen
 MIN_TILE_WIDTH = 320
+# a wider tile is shrunk to this: eight tiles of full size would choke TensorBoard
+MAX_TILE_WIDTH = 512
 
 Image = npt.NDArray[np.uint8]
 ClassMap = npt.NDArray[np.integer]
@@ -140,10 +142,16 @@ def example_panel(
     """One image's story in two rows: what was asked and answered; which points, which errors.
 
     image [H,W,3]; truth, coarse, refined [H,W]; coords [k,2] (x, y) in 0..1, the points that were
-    computed again; palette [C,3]. Small images are enlarged pixel by pixel.
+    computed again; palette [C,3]. Small images are enlarged pixel by pixel, large ones shrunk.
     """
     for name, classes in {"truth": truth, "coarse": coarse, "refined": refined}.items():
         _check_same_size(name, classes, image)
+    height, width = image.shape[:2]
+    if width > MAX_TILE_WIDTH:
+        # before anything is drawn, so that a point keeps a whole pixel
+        size = max(1, round(height * MAX_TILE_WIDTH / width)), MAX_TILE_WIDTH
+        image = np.asarray(cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
+        truth, coarse, refined = (_nearest(classes, size) for classes in (truth, coarse, refined))
     tiles = {
         "image": image,
         "truth": colorize(truth, palette),
@@ -197,6 +205,14 @@ def _join(tiles: Sequence[Image]) -> Image:
         picture[: tile.shape[0], left : left + tile.shape[1]] = tile
         left += tile.shape[1] + GAP
     return picture
+
+
+def _nearest(classes: ClassMap, size: tuple[int, int]) -> ClassMap:
+    """A class map [H,W] of any integer type at (height, width) `size`; OpenCV lacks int64."""
+    rows, columns = (
+        np.arange(new) * old // new for new, old in zip(size, classes.shape, strict=True)
+    )
+    return classes[np.ix_(rows, columns)]
 
 
 def _title(text: str, width: int) -> Image:

@@ -174,7 +174,7 @@ def test_wrong_types(override, message):
         ("data.workers=-1", "data.workers must be at least 0"),
         ("train.batch_size=0", "train.batch_size must be at least 1"),
         ("train.lr=0", "train.lr must be positive"),
-        ("train.lr=nan", "train.lr must be positive"),
+        ("train.lr=nan", "train.lr must be a finite number"),
         ("train.min_lr=0.5", "train.min_lr must be within 0 and train.lr"),
     ],
 )

@@ -295,3 +295,19 @@ def test_example_picture(pointrend):
     assert (picture[24 : 24 + 192 : 8, 0:320:8] == image[..., ::-1]).all()
     assert (picture == (255, 225, 25)).all(2).any()
     assert pointrend.training
+
+
+def test_example_picture_of_a_large_image_is_small(pointrend):
+    image, label = np.full((600, 1200, 3), 90, np.uint8), np.zeros((600, 1200), np.uint8)
+    palette = np.zeros((4, 3), np.uint8)
+    picture = inference.example_picture(pointrend, image, label, (64, 32), palette)
+    assert picture.shape == (2 * (24 + 256) + 4, 4 * 512 + 3 * 4, 3)
+    assert (picture == (255, 225, 25)).all(2).any()
+
+
+def test_pick_device():
+    assert inference.pick_device("cpu") == torch.device("cpu")
+    for name in ("nonsense", "vulkan", "xla", "hpu"):
+        with pytest.raises(ValueError, match=f"'{name}' is no device here: ") as raised:
+            inference.pick_device(name)
+        assert len(str(raised.value)) < 300

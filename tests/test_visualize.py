@@ -138,6 +138,38 @@ def test_example_panel_enlarges_small_images():
         visualize.example_panel(grey(50, 128), truth, coarse[:9], truth, coords, PALETTE)
 
 
+def test_example_panel_shrinks_large_images():
+    # stripes of 4 px: a tile of a quarter of the size keeps one pixel of each
+    truth = np.tile(np.arange(2048) // 4 % 3, (1024, 1))
+    coarse, refined = (truth + 1) % 3, truth.copy()
+    refined[:, :4] = 255
+    image = np.random.default_rng(0).integers(0, 256, (1024, 2048, 3), np.uint8)
+    coords = (np.array([[0, 0], [3, 5], [511, 255]]) + 0.5) / (512, 256)
+    picture = visualize.example_panel(image[..., ::-1], truth, coarse, refined, coords, PALETTE)
+    down, right = visualize.TITLE_HEIGHT + 256 + visualize.GAP, 512 + visualize.GAP
+    assert picture.shape == (2 * down - visualize.GAP, 4 * right - visualize.GAP, 3)
+
+    def tile(row, column):
+        top, left = row * down + visualize.TITLE_HEIGHT, column * right
+        return picture[top : top + 256, left : left + 512]
+
+    means = image[..., ::-1].reshape(256, 4, 512, 4, 3).mean((1, 3))
+    assert np.abs(tile(0, 0) - means).max() <= 0.5
+    assert (tile(0, 1) == visualize.colorize(truth[::4, ::4], PALETTE)).all()
+    assert (tile(0, 2) == visualize.colorize(coarse[::4, ::4], PALETTE)).all()
+    points = np.argwhere((tile(1, 0) == visualize.YELLOW).all(2)).tolist()
+    assert points == [[0, 0], [5, 3], [255, 511]]
+    assert (tile(1, 2) == visualize.RED).all()
+    assert (tile(1, 3) == visualize.RED).all(2).sum() == 256
+
+
+@pytest.mark.parametrize(("width", "shown"), [(319, 638), (320, 320), (512, 512), (513, 512)])
+def test_example_panel_tile_widths(width, shown):
+    label = np.zeros((1, width), np.uint8)
+    panel = visualize.example_panel(grey(1, width), label, label, label, np.zeros((0, 2)), PALETTE)
+    assert panel.shape[1] == 4 * shown + 3 * visualize.GAP
+
+
 def test_save_png_round_trip(tmp_path):
     rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
     visualize.save_png(tmp_path / "new" / "folder" / "a.png", rgb)

@@ -36,11 +36,14 @@ __all__ = [
 ]
 
 
-def build_dataset(data: DataConfig, split: str) -> SegmentationDataset:
+def build_dataset(
+    data: DataConfig, split: str, labels_optional: bool = False
+) -> SegmentationDataset:
     """The split of the configured data set, for instance data.train_split.
 
     With data.holdout_every n, every n-th image of the training split (by stem) is the split
-    "holdout" and the training split is the rest. DataError says what is unusable, and where.
+    "holdout" and the training split is the rest. With `labels_optional`, any other split may lack
+    its folder of labels (has_labels is False then). DataError says what is unusable, and where.
     """
     # imported here so that `python -m pointrend_triton.data.shapes` does not import itself twice
     from pointrend_triton.data.ade20k import ADE20K
@@ -55,10 +58,14 @@ def build_dataset(data: DataConfig, split: str) -> SegmentationDataset:
         length = data.shapes_train_images if train else data.shapes_eval_images
         return Shapes(split, length, data.shapes_size)
     if data.root is None:
-        raise DataError(f"data.root is not set; it must name the folder of the {data.dataset} data")
+        rule = f"data.dataset {data.dataset} is read from the folder that it names"
+        raise DataError(f"data.root is not set; {rule}")
     kinds = {"cityscapes": Cityscapes, "ade20k": ADE20K, "folder": Folder}
     held = split == "holdout" and data.holdout_every > 0
-    dataset = kinds[data.dataset](data.root, data.train_split if held else split)
-    if data.holdout_every and (held or split == data.train_split):
+    trained = held or split == data.train_split
+    dataset = kinds[data.dataset](
+        data.root, data.train_split if held else split, labels_optional and not trained
+    )
+    if data.holdout_every and trained:
         return dataset.hold_out(data.holdout_every, held=held)
     return dataset

@@ -12,6 +12,7 @@ from pointrend_triton.data.base import (
     by_stem,
     class_values,
     files_in,
+    label_folder,
     split_folder,
     translate,
 )
@@ -39,12 +40,13 @@ TO_RAW = np.arange(1, 257).astype(np.uint8)
 class ADE20K(FileDataset):
     """150 classes; splits "training" and "validation", also called "train" and "val"."""
 
-    def __init__(self, root: str | Path, split: str) -> None:
+    def __init__(self, root: str | Path, split: str, labels_optional: bool = False) -> None:
         root, folder = Path(root), _NATIVE_SPLITS.get(split, split)
         images = files_in(split_folder(root, "images", folder, LAYOUT), (".jpg",))
-        labels = files_in(split_folder(root, "annotations", folder, LAYOUT), (".png",))
+        truth = label_folder(root, "annotations", folder, LAYOUT, labels_optional)
+        labels = by_stem(files_in(truth, (".png",))) if truth else None
         where = f"{root} [{folder}]"
-        super().__init__("ade20k", where, by_stem(images), by_stem(labels), CLASSES, PALETTE)
+        super().__init__("ade20k", where, by_stem(images), labels, CLASSES, PALETTE)
 
     def lookup(self, label_path: Path) -> NDArray[np.uint8]:
         return FROM_RAW

@@ -20,7 +20,7 @@ from pointrend_triton.data.io import (
     read_label,
 )
 
-Pair = tuple[Path, Path]
+Pair = tuple[Path, Path | None]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 IDENTITY = np.arange(256, dtype=np.uint8)
@@ -32,6 +32,8 @@ class SegmentationDataset(Dataset[tuple[NDArray[np.uint8], NDArray[np.uint8]]]):
     name: str
     classes: tuple[str, ...]
     palette: NDArray[np.uint8]
+    # False: every label is 255 throughout, for predictions that cannot be judged here
+    has_labels: bool = True
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -59,20 +61,24 @@ class SegmentationDataset(Dataset[tuple[NDArray[np.uint8], NDArray[np.uint8]]]):
 
 
 class FileDataset(SegmentationDataset):
-    """Pairs of an image and a label file, ordered by stem; both kinds are given by stem."""
+    """Pairs of an image and a label file, ordered by stem; both kinds are given by stem.
+
+    `labels` None: the images alone.
+    """
 
     def __init__(
         self,
         name: str,
         where: str,
         images: dict[str, Path],
-        labels: dict[str, Path],
+        labels: dict[str, Path] | None,
         classes: tuple[str, ...],
         palette: NDArray[np.uint8],
     ) -> None:
         if len(classes) > MAX_CLASSES:
             raise DataError(f"{where}: {len(classes)} classes; labels hold at most {MAX_CLASSES}")
         self.name, self.classes, self.palette = name, classes, palette
+        self.has_labels = labels is not None
         self.stems = sorted(images)
         self.pairs = pair_files(images, labels, where)
 
@@ -81,7 +87,10 @@ class FileDataset(SegmentationDataset):
 
     def load(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         image_path, label_path = self.pairs[index]
-        image, raw = read_image(image_path), read_label(label_path)
+        image = read_image(image_path)
+        if label_path is None:
+            return image, np.full(image.shape[:2], IGNORE, np.uint8)
+        raw = read_label(label_path)
         if image.shape[:2] != raw.shape:
             (h, w), (label_h, label_w) = image.shape[:2], raw.shape
             raise DataError(
@@ -131,10 +140,15 @@ def translate(
     return cv2.LUT(raw, table).astype(np.uint8, copy=False)
 
 
-def pair_files(images: dict[str, Path], labels: dict[str, Path], where: str) -> list[Pair]:
-    """Images and labels by stem -> pairs sorted by stem; neither may lack its counterpart."""
+def pair_files(images: dict[str, Path], labels: dict[str, Path] | None, where: str) -> list[Pair]:
+    """Images and labels by stem -> pairs sorted by stem; neither may lack its counterpart.
+
+    `labels` None: no image has one.
+    """
     if not images and not labels:
         raise MissingDataError(f"{where}: no images and no labels there")
+    if labels is None:
+        return [(images[stem], None) for stem in sorted(images)]
     for have, lack, kind in ((images, labels, "label"), (labels, images, "image")):
         if alone := sorted(set(have) - set(lack)):
             raise MissingDataError(
@@ -165,16 +179,32 @@ def split_folder(root: Path, kind: str, split: str, layout: str) -> Path:
     if folder.is_dir():
         return folder
     if not (root / kind).is_dir():
-        there = _listing(root) if root.is_dir() else "nothing: it is no folder"
+        there = (
+            _listing(root.iterdir()) or "nothing" if root.is_dir() else "nothing: it is no folder"
+        )
         raise MissingDataError(f"{root / kind}: no such folder; need {layout}; {root} has {there}")
-    raise MissingDataError(f"{root / kind} has no split {split!r}; it has {_listing(root / kind)}")
+    splits = _listing(path for path in (root / kind).iterdir() if path.is_dir()) or "no folders"
+    # build_dataset asks for this one only where nothing is held out
+    hint = "; data.holdout_every makes that split" if split == "holdout" else ""
+    raise MissingDataError(f"{root / kind} has no split {split!r}; it has {splits}{hint}")
 
 
-def _listing(folder: Path) -> str:
-    visible = (path for path in folder.iterdir() if not path.name.startswith("."))
+def label_folder(root: Path, kind: str, split: str, layout: str, optional: bool) -> Path | None:
+    """`split_folder` for labels; if they are `optional`, None instead of its error."""
+    try:
+        return split_folder(root, kind, split, layout)
+    except MissingDataError as error:
+        if optional:
+            return None
+        rule = "evaluate.py --save works without labels, on any split but data.train_split"
+        raise MissingDataError(f"{error}; {rule}") from None
+
+
+def _listing(paths: Iterable[Path]) -> str:
+    visible = (path for path in paths if not path.name.startswith("."))
     names = sorted(path.name + "/" * path.is_dir() for path in visible)
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return ", ".join(names[:12]) + more if names else "nothing"
+    return ", ".join(names[:12]) + more
 
 
 def _ranges(values: NDArray[np.intp]) -> str:

@@ -12,6 +12,7 @@ from pointrend_triton.data.base import (
     FileDataset,
     by_stem,
     class_values,
+    label_folder,
     split_folder,
     translate,
 )
@@ -66,14 +67,15 @@ class Cityscapes(FileDataset):
     else maps the official zip's *_labelIds.png, which holds the same polygons, on the fly.
     """
 
-    def __init__(self, root: str | Path, split: str) -> None:
+    def __init__(self, root: str | Path, split: str, labels_optional: bool = False) -> None:
         root = Path(root)
         pictures = split_folder(root, "leftImg8bit", split, LAYOUT).glob("*/*_leftImg8bit.png")
         images = by_stem(pictures, "_leftImg8bit.png")
-        truth = split_folder(root, "gtFine", split, LAYOUT)
-        labels = by_stem(truth.glob("*/*_gtFine_labelIds.png"), "_gtFine_labelIds.png")
-        train_ids = truth.glob("*/*_gtFine_labelTrainIds.png")
-        labels |= by_stem(train_ids, "_gtFine_labelTrainIds.png")
+        labels = None
+        if truth := label_folder(root, "gtFine", split, LAYOUT, labels_optional):
+            labels = by_stem(truth.glob("*/*_gtFine_labelIds.png"), "_gtFine_labelIds.png")
+            train_ids = truth.glob("*/*_gtFine_labelTrainIds.png")
+            labels |= by_stem(train_ids, "_gtFine_labelTrainIds.png")
         super().__init__("cityscapes", f"{root} [{split}]", images, labels, CLASSES, PALETTE)
 
     def lookup(self, label_path: Path) -> NDArray[np.uint8]:

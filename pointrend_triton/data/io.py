@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+# DataError says it; for good and not around each decoding, because threads share the level
+if "OPENCV_LOG_LEVEL" not in os.environ:
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 IGNORE = 255
 MAX_CLASSES = 255
@@ -76,10 +81,16 @@ def read_classes(path: str | Path) -> tuple[tuple[str, ...], NDArray[np.uint8]]:
         raise MissingDataError(
             f"{path}: no such file; it must list the classes as index,name,r,g,b"
         )
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        rows = list(reader)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            rows = list(reader)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(f"{path}: byte 0x{byte:02x} is not UTF-8; the file must be") from None
+    except csv.Error as error:
+        raise DataError(f"{path}: {error}; it must be a table index,name,r,g,b in CSV") from None
     if missing := {"index", "name"} - set(columns):
         raise DataError(
             f"{path}: no column {sorted(missing)}; found {list(columns)}, need index and name"

@@ -31,7 +31,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, average: str) -> Tensor:
 
 @torch.no_grad()
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The percentage of pixels not ignored whose class is right; 0 where there is none."""
+    """The percentage of pixels not ignored whose class is right (or ties); 0 of none."""
     valid = labels != IGNORE
     if logits.shape[1] == 1:
         right = (logits[:, 0] > 0) == labels

@@ -107,6 +107,17 @@ def test_unknown_split_lists_the_splits(tmp_path):
         build_dataset(data, "val")
 
 
+def test_splits_are_folders(tmp_path):
+    data = folder_set(tmp_path)
+    (tmp_path / "images/list.txt").touch()
+    with pytest.raises(MissingDataError, match=r"images has no split 'val'; it has train/$"):
+        build_dataset(data, "val")
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "train").rename(tmp_path / kind / ".hidden")
+    with pytest.raises(MissingDataError, match=r"images has no split 'val'; it has no folders$"):
+        build_dataset(data, "val")
+
+
 @pytest.mark.parametrize(
     ("dataset", "wanted"),
     [("folder", "images"), ("ade20k", "images"), ("cityscapes", "leftImg8bit")],
@@ -172,8 +183,69 @@ def test_holdout_of_too_few_images(tmp_path):
 
 
 def test_holdout_is_an_ordinary_name_when_nothing_is_held_out(tmp_path):
-    with pytest.raises(MissingDataError, match="no split 'holdout'; it has train/"):
+    with pytest.raises(
+        MissingDataError, match="no split 'holdout'; it has train/; data.holdout_every"
+    ):
         build_dataset(folder_set(tmp_path), "holdout")
+    assert len(build_dataset(folder_set(tmp_path, split="holdout"), "holdout")) == 3
+
+
+# splits without labels
+
+
+def without_labels(root, dataset):
+    """A training split with labels and a split "test" of one image, without."""
+    if dataset == "folder":
+        write(root / "images/test/t.jpg", image())
+        return folder_set(root)
+    if dataset == "ade20k":
+        write(root / "images/test/t.jpg", image())
+        return ade_set(root, [[1]])
+    write(root / "leftImg8bit/test/ulm/t_leftImg8bit.png", image())
+    return cityscapes_set(root, [[7]])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "kind"), [("folder", "labels"), ("ade20k", "annotations"), ("cityscapes", "gtFine")]
+)
+def test_a_split_without_labels_can_be_had_on_request(tmp_path, dataset, kind):
+    config = without_labels(tmp_path, dataset)
+    with pytest.raises(
+        MissingDataError,
+        match=rf"{kind} has no split 'test'; it has .*evaluate.py --save works without labels",
+    ):
+        build_dataset(config, "test")
+    data = build_dataset(config, "test", labels_optional=True)
+    assert not data.has_labels
+    assert [data.stem(i) for i in range(len(data))] == ["t"]
+    picture, label = data.load(0)
+    assert picture.shape == (4, 6, 3)
+    assert label.shape == (4, 6) and label.dtype == np.uint8 and (label == 255).all()
+    assert build_dataset(config, "train", labels_optional=True).has_labels
+
+
+def test_a_folder_of_photographs_needs_no_labels_at_all(tmp_path):
+    config = without_labels(tmp_path, "folder")
+    (tmp_path / "labels").rename(tmp_path / "elsewhere")
+    assert not build_dataset(config, "test", labels_optional=True).has_labels
+    # what is trained on, the part held out included, has to have them
+    config.holdout_every = 2
+    for split in ("train", "holdout"):
+        with pytest.raises(MissingDataError, match="labels: no such folder"):
+            build_dataset(config, split, labels_optional=True)
+    with pytest.raises(MissingDataError, match="images has no split 'absent'"):
+        build_dataset(config, "absent", labels_optional=True)
+
+
+def test_a_folder_of_too_few_labels_stays_an_error(tmp_path):
+    config = without_labels(tmp_path, "folder")
+    (tmp_path / "labels/test").mkdir()
+    with pytest.raises(MissingDataError, match=r"t\.jpg has no label of the same stem"):
+        build_dataset(config, "test", labels_optional=True)
+    (tmp_path / "labels/test").rmdir()
+    (tmp_path / "images/test/t.jpg").unlink()
+    with pytest.raises(MissingDataError, match=r"\[test\]: no images"):
+        build_dataset(config, "test", labels_optional=True)
 
 
 # Cityscapes

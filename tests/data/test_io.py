@@ -1,6 +1,9 @@
 """Reading files: what is decoded how; damage and lossy conversions are named, not hidden."""
 
 import io
+import os
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -136,6 +139,31 @@ def test_a_png_with_a_changed_byte_is_refused(tmp_path):
         read_image(tmp_path / "flipped.png")
 
 
+@pytest.mark.slow
+def test_a_damaged_png_is_reported_by_our_sentence_alone(tmp_path):
+    whole = KINDS["png"]
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "flipped.png").write_bytes(flipped)
+    script = "import sys; from pointrend_triton.data import read_image; read_image(sys.argv[1])"
+    guarded = f"try:\n    {script}\nexcept ValueError as error:\n    sys.exit(error)"
+    unset = {name: value for name, value in os.environ.items() if name != "OPENCV_LOG_LEVEL"}
+
+    def complaint(name, env):
+        command = [sys.executable, "-c", guarded, name]
+        return subprocess.run(command, capture_output=True, text=True, env=env).stderr.splitlines()
+
+    cut, flipped = str(tmp_path / "cut.png"), str(tmp_path / "flipped.png")
+    ours = f"{cut}: no picture, damaged or cut short ({len(whole) // 2} bytes)"
+    assert complaint(cut, unset) == [ours]
+    # who asks OpenCV to speak is not overruled
+    assert any("WARN" in line for line in complaint(cut, unset | {"OPENCV_LOG_LEVEL": "WARNING"}))
+    # libpng writes to stderr by itself
+    lines = [line for line in complaint(flipped, unset) if not line.startswith("libpng ")]
+    assert lines == [f"{flipped}: no picture, damaged or cut short ({len(whole)} bytes)"]
+
+
 def test_labels_keep_all_256_values_grey_or_palette(tmp_path):
     values = np.arange(256, dtype=np.uint8).reshape(8, 32)
     assert np.array_equal(read_label(saved(values, tmp_path / "grey.png")), values)
@@ -233,4 +261,22 @@ def test_class_table_errors(tmp_path, text, message):
     path = tmp_path / "classes.csv"
     path.write_text(text)
     with pytest.raises(DataError, match=f"classes.csv.*{message}"):
+        read_classes(path)
+
+
+def test_class_table_in_another_encoding(tmp_path):
+    path = tmp_path / "classes.csv"
+    path.write_bytes("index,name\n0,Straße\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"classes\.csv: byte 0xdf is not UTF-8"):
+        read_classes(path)
+    path.write_text("index,name\n0,a\n", encoding="utf-16")
+    with pytest.raises(DataError, match=r"classes\.csv: byte 0xf[ef] is not UTF-8"):
+        read_classes(path)
+
+
+def test_class_table_that_is_no_csv(tmp_path):
+    path = tmp_path / "classes.csv"
+    # a quote that is never closed takes in the rest of the file
+    path.write_text('index,name\n0,"a\n' + "b" * 200_000)
+    with pytest.raises(DataError, match=r"classes\.csv: field larger .* in CSV"):
         read_classes(path)

@@ -1,7 +1,6 @@
 """Real photographs, where there are any: POINTREND_DATA names the folder that holds the sets."""
 
 import csv
-import os
 from pathlib import Path
 
 import cv2
@@ -13,17 +12,18 @@ from PIL import Image
 from pointrend_triton.config import DataConfig
 from pointrend_triton.data import TestTransform, TrainTransform, ade20k, build_dataset, train_loader
 
-PROJECT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("POINTREND_DATA", PROJECT / "../shared/data"))
+
+@pytest.fixture
+def folder(data_root):
+    def named(name):
+        if not (data_root / name).is_dir():
+            pytest.skip(f"{data_root / name} is not there")
+        return data_root / name
+
+    return named
 
 
-def folder(name):
-    if not (DATA / name).is_dir():
-        pytest.skip(f"{DATA / name} is not there (set POINTREND_DATA to try)")
-    return DATA / name
-
-
-def test_camvid():
+def test_camvid(folder):
     root = folder("camvid")
     config = DataConfig(dataset="folder", root=str(root), scale=(480, 360), crop_size=(352, 480))
     data = build_dataset(config, "train")
@@ -36,7 +36,7 @@ def test_camvid():
     assert np.array_equal(label, np.array(Image.open(root / f"labels/train/{stem}.png")))
 
 
-def test_camvid_holdout_and_loading_by_workers():
+def test_camvid_holdout_and_loading_by_workers(folder):
     root = folder("camvid")
     config = DataConfig(
         dataset="folder",
@@ -53,7 +53,7 @@ def test_camvid_holdout_and_loading_by_workers():
     assert all(Path(file).is_file() for file in batch[2])
 
 
-def test_ade20k_layouts_agree():
+def test_ade20k_layouts_agree(folder):
     root = folder("ade20k_sample")
     native = DataConfig(dataset="ade20k", root=str(root / "ADEChallengeData2016"))
     plain = DataConfig(dataset="folder", root=str(root))
@@ -68,14 +68,14 @@ def test_ade20k_layouts_agree():
             assert np.array_equal(ours.encode(ours.load(i)[1]), stored)
 
 
-def test_ade20k_classes_are_the_published_ones():
+def test_ade20k_classes_are_the_published_ones(folder):
     with (folder("ade20k_sample") / "color150.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"].split(",")[0] for row in rows] == list(ade20k.CLASSES)
     assert [[int(row[c]) for c in "rgb"] for row in rows] == ade20k.PALETTE.tolist()
 
 
-def test_ade20k_pipelines():
+def test_ade20k_pipelines(folder):
     root = folder("ade20k_sample") / "ADEChallengeData2016"
     config = DataConfig(dataset="ade20k", root=str(root), scale=(2048, 512), crop_size=(512, 512))
     data = build_dataset(config, "val")
