@@ -286,9 +286,9 @@ def main(argv: list[str] | None = None) -> int:
     model.train()
     stop = StopRequest()
     bar = tqdm(total=train.iterations, initial=start, unit="it", dynamic_ncols=True, disable=None)
-    since, losses, batches = time.perf_counter(), [], []
+    done, since, losses, batches = start, time.perf_counter(), [], []
     try:
-        for iteration, (images, labels, files) in enumerate(loader, start):
+        for iteration, (images, labels, files) in enumerate(stop.until(loader), start):
             done = iteration + 1
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(iteration, train)
@@ -332,12 +332,15 @@ def main(argv: list[str] | None = None) -> int:
                     best = scores["miou"]
                     for path in (run_dir / "best.pth", last):
                         save(path, model, optimizer, config, done, best)
-            if stop.name:
-                bar.write(f"{stop.name} after iteration {done}; resume=auto goes on from {last}")
-                return 128 + stop.number
+            if stop.name and saves:
+                break
             since, losses, batches = time.perf_counter(), [], []
         else:
-            bar.write(f"done: {last}; best.pth has {best:.2f} mIoU")
+            save(last, model, optimizer, config, done, best)
+        if stop.name:
+            bar.write(f"{stop.name} after iteration {done}; resume=auto goes on from {last}")
+            return 128 + stop.number
+        bar.write(f"done: {last}; best.pth has {best:.2f} mIoU")
     finally:
         bar.close()
         record.board.close()

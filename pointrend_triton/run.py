@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
 
 from torch.utils.tensorboard import SummaryWriter
+
+T = TypeVar("T")
 
 COLUMNS = (
     *("iteration", "lr", "loss", "loss_coarse", "loss_point", "acc_coarse", "acc_point"),
@@ -45,17 +48,30 @@ class Record:
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag; the second one acts as usual."""
+    """Turns the first SIGINT or SIGTERM into a flag; the second one acts as usual.
+
+    A scheduler signals the loader's worker processes too. From then on, their end no longer raises
+    in the midst of a training step, as PyTorch's handler has it, but where the next batch is due.
+    """
 
     def __init__(self) -> None:
         self.name, self.number = "", 0
-        self.usual = {
+        self.usual: dict[int, Any] = {
             number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)
         }
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.name, self.number = signal.Signals(number).name, number
         self.release()
+        self.usual[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def until(self, loader: Iterable[T]) -> Iterator[T]:
+        """The loader's batches; they end where its workers died of the signal too."""
+        try:
+            yield from loader
+        except RuntimeError:
+            if not self.name:
+                raise
 
     def release(self) -> None:
         for number, handler in self.usual.items():

@@ -22,9 +22,6 @@ Key = tuple[int, int]
 Item = tuple[torch.Tensor, torch.Tensor, str]
 Batch = tuple[torch.Tensor, torch.Tensor, list[str]]
 
-# a worker that was asked to terminate does so after this long, if the main process has not ended it
-GRACE_SECONDS = 30
-
 
 class TrainBatches(Sampler[list[Key]]):
     """`batch_size` keys for each iteration from `start_iteration` up to, but not, `iterations`.
@@ -105,6 +102,5 @@ def _one_thread(worker: int) -> None:
     # one process per worker is the parallelism; OpenCV's own threads would fight over the cores
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    # both may reach the whole process group: the main process gets time to save and to end workers
+    # Ctrl-C reaches the whole process group; the main process decides when the workers end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
