@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from pointrend_triton import ops, visualize
+from pointrend_triton import ops, reference, visualize
 from pointrend_triton.data import TestTransform, multi_scale_sizes
 from pointrend_triton.metrics import SegmentationMetrics
 
@@ -128,7 +127,7 @@ def mean_probabilities(
     for transform, mirrored in itertools.product(transforms, (False, True) if flip else (False,)):
         images = transform(image)[None].to(_device(model))
         logits = _logits(model, images.flip(3) if mirrored else images, coarse, amp)
-        logits = _resample(logits, (height, width))
+        logits = reference.resample(logits, (height, width))
         probabilities = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
         if mirrored:
             probabilities = probabilities.flip(3)
@@ -344,13 +343,7 @@ def _logits(model: PointRend, images: Tensor, coarse: bool, amp: bool) -> Tensor
     with _autocast(images.device, amp):
         logits = model.coarse(images) if coarse else model(images)
     height, width = images.shape[2:]
-    return _resample(logits.float(), (height, width))
-
-
-def _resample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    if logits.shape[2:] == size:
-        return logits
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return reference.resample(logits.float(), (height, width))
 
 
 def _transforms(scale: Scale | None, image: Image, multi_scale: bool) -> list[Transform]:
