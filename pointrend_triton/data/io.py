@@ -14,7 +14,9 @@ from PIL import Image
 
 # DataError says it; for good and not around each decoding, because threads share the level
 if "OPENCV_LOG_LEVEL" not in os.environ:
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    # OpenCV 4.13 moved it
+    _logging = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging
+    _logging.setLogLevel(0)
 
 IGNORE = 255
 MAX_CLASSES = 255

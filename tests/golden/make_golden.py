@@ -28,6 +28,7 @@ import argparse
 import importlib.machinery
 import json
 import sys
+import tempfile
 import types
 import warnings
 from contextlib import ExitStack, contextmanager
@@ -98,7 +99,8 @@ def build_peer(depth, classes, points=2048, subdivision_points=8196):
     init_default_scope("mmseg")
     folder = Path(mmseg.__file__).parent / ".mim" / "configs" / "point_rend"
     name = "4xb4-160k_ade20k-512x512" if classes == 150 else "4xb2-80k_cityscapes-512x1024"
-    config = Config.fromfile(f"{folder}/pointrend_r{101 if depth == 101 else 50}_{name}.py").model
+    whole = Config.fromfile(f"{folder}/pointrend_r{101 if depth == 101 else 50}_{name}.py")
+    config = whole.model
     config.pretrained = None
     config.backbone.depth = depth
     if depth < 50:
@@ -110,6 +112,7 @@ def build_peer(depth, classes, points=2048, subdivision_points=8196):
     config.test_cfg.subdivision_num_points = subdivision_points
     model = MODELS.build(config)
     model.load_state_dict(draw_state(model.state_dict(), SEED))
+    model.cfg = whole  # where their inference finds the test pipeline
     return model.eval()
 
 
@@ -344,6 +347,31 @@ def compare_case(depth, classes, size):
     return rows
 
 
+def compare_file(depth, classes, size):
+    """From an image file to labels, through both sides' own test pipelines -> rows as above."""
+    import cv2
+
+    from pointrend_triton.config import ModelConfig
+    from pointrend_triton.data import TestTransform, read_image
+    from pointrend_triton.models import build_pointrend
+
+    peer, ours = build_peer(depth, classes), build_pointrend(ModelConfig(depth, classes))
+    ours.load_state_dict(peer.state_dict())
+    from mmseg.apis import inference_model  # wants the placeholder that build_peer made
+
+    pixels = (60 * draw_images(1, size, SEED)[0] + 128).clamp(0, 255).byte()
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/image.png"
+        assert cv2.imwrite(path, pixels.permute(1, 2, 0).numpy())
+        theirs = inference_model(peer, path).pred_sem_seg.data[0]
+        image = read_image(path)
+    # the base scales of the published test pipelines
+    transform = TestTransform((2048, 512) if classes == 150 else (2048, 1024))
+    labels = ours.eval().predict(transform(image)[None], size=size)[0]
+    share = (labels != theirs).double().mean().item()
+    return [("labels of an image file, share that differs", share, 1e-5)]
+
+
 def count_unexcused(uncertainty, mine, theirs):
     """Cells that only one side chose, unless their margin lies within 1e-5 of the k-th."""
     count = 0
@@ -361,6 +389,8 @@ def compare(path):
             for size in sizes:
                 print(f"R-{depth}, {classes} classes, {size[0]}x{size[1]}")
                 rows = compare_case(depth, classes, size)
+                if size == (33, 65):  # enlarged by the test pipeline, to an odd size
+                    rows += compare_file(depth, classes, (301, 400))
                 for what, value, limit in rows:
                     failed += not value <= limit
                     print(
