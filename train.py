@@ -29,6 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pointrend_triton.checkpoint import (
+    FORMAT,
+    VERSION,
     CheckpointError,
     load_backbone,
     load_checkpoint,
@@ -106,9 +108,8 @@ def learning_rate(iteration: int, train: TrainConfig) -> float:
 
     Poly runs from iteration 0, under the warm-up, down to min_lr; the warm-up multiplies it.
     """
-    lr = (train.lr - train.min_lr) * (
-        1 - iteration / train.iterations
-    ) ** train.power + train.min_lr
+    remaining = (1 - iteration / train.iterations) ** train.power
+    lr = (train.lr - train.min_lr) * remaining + train.min_lr
     if iteration < train.warmup_iterations:
         lr *= 1 - (1 - train.warmup_ratio) * (1 - iteration / train.warmup_iterations)
     return lr
@@ -146,8 +147,8 @@ def save(
         "config": to_dict(config),
     }
     payload = {
-        "format": "pointrend_triton",
-        "version": 1,
+        "format": FORMAT,
+        "version": VERSION,
         "meta": meta,
         "state_dict": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -158,16 +159,8 @@ def save(
 
 # what may change between the parts of one run
 FREE = {
-    *(
-        "log_every",
-        "eval_every",
-        "eval_images",
-        "checkpoint_every",
-        "pictures",
-        "resume",
-        "run_dir",
-    ),
-    *("device", "root", "workers", "pretrained"),
+    *("log_every", "eval_every", "eval_images", "checkpoint_every", "pictures"),
+    *("resume", "run_dir", "device", "root", "workers", "pretrained"),
 }
 
 
@@ -286,7 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     model.train()
     stop = StopRequest()
     bar = tqdm(total=train.iterations, initial=start, unit="it", dynamic_ncols=True, disable=None)
-    done, since, losses, batches = start, time.perf_counter(), [], []
+    done, saves = start, False
+    since, losses, batches = time.perf_counter(), [], []
     try:
         for iteration, (images, labels, files) in enumerate(stop.until(loader), start):
             done = iteration + 1
@@ -335,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
             if stop.name and saves:
                 break
             since, losses, batches = time.perf_counter(), [], []
-        else:
+        if done < train.iterations and not saves:  # the loader ended early
             save(last, model, optimizer, config, done, best)
         if stop.name:
             bar.write(f"{stop.name} after iteration {done}; resume=auto goes on from {last}")

@@ -22,7 +22,7 @@ from pointrend_triton.architecture import (
     strip_prefix,
 )
 from pointrend_triton.config import ConfigError, ModelConfig, from_dict
-from pointrend_triton.models import PointRend, build_pointrend
+from pointrend_triton.models import PointRend
 from pointrend_triton.published import (
     BACKBONES,
     PUBLISHED,
@@ -171,7 +171,7 @@ def from_checkpoint(path: str | Path, read: Mapping[str, Any] | None = None) -> 
         config = infer_model_config(_state_dict(content))
         if _format(content) == FORMAT and "model" in _meta(content):
             config = _own_config(_meta(content)["model"], config)
-    model = build_pointrend(config)
+    model = PointRend(config)
     load_checkpoint(model, path, content)
     return model.eval()
 

@@ -31,7 +31,7 @@ from pointrend_triton.checkpoint import (
     save_checkpoint,
 )
 from pointrend_triton.config import ModelConfig, PointHeadConfig, to_dict
-from pointrend_triton.models import PointRend, build_pointrend
+from pointrend_triton.models import PointRend
 from pointrend_triton.serialization import INERT_GLOBALS, Inert
 
 FORMATS = ["zip", "legacy"]
@@ -61,7 +61,7 @@ def tiny(**changes: Any) -> ModelConfig:
 
 def drawn(config: ModelConfig | None = None) -> PointRend:
     """A model with no tensor left at its usual first value."""
-    model = build_pointrend(config or tiny())
+    model = PointRend(config or tiny())
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.copy_(torch.randint(1, 99, tensor.shape))
@@ -103,7 +103,7 @@ def refusal(action: Callable[[], Any], path: Path) -> str:
 )
 def test_names_and_shapes_are_those_of_the_published_files(depth, tensors, parameters):
     with torch.device("meta"):
-        model = build_pointrend(ModelConfig(depth=depth, num_classes=19))
+        model = PointRend(ModelConfig(depth=depth, num_classes=19))
     weights = model.state_dict()
     assert len(weights) == tensors
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -147,7 +147,7 @@ def test_a_checkpoint_gives_its_model_back(tmp_path, file_format, kind, extra):
     assert found.config == model.config and not found.training
     assert found.classes == CLASSES and found.palette == PALETTE
 
-    report = load_checkpoint(build_pointrend(tiny()), path)
+    report = load_checkpoint(PointRend(tiny()), path)
     assert (report.format, report.iteration, report.missing) == (kind, 80000, ())
     assert set(report.loaded) == set(model.state_dict()) and len(report.ignored) == 1
     for part in (str(path), kind, "iteration 80000", "200 tensors", "5 class names", "not weights"):
@@ -372,7 +372,7 @@ def test_a_hash_in_the_name_is_checked(tmp_path):
 def test_another_model_is_refused_and_left_alone(tmp_path, changes, words):
     content = {"state_dict": drawn().state_dict(), "meta": META_0X}
     path = write(tmp_path / "file.pth", content)
-    model = build_pointrend(tiny(**changes))
+    model = PointRend(tiny(**changes))
     before = snapshot(model)
     assert words in refusal(lambda: load_checkpoint(model, path), path)
     assert_same(model, before)
@@ -394,7 +394,7 @@ def test_every_tensor_is_accounted_for(tmp_path, fault):
     else:
         weights[f"module.{name}"] = weights[name]
     path = write(tmp_path / "file.pth", {"state_dict": weights})
-    model = build_pointrend(tiny())
+    model = PointRend(tiny())
     before = snapshot(model)
     assert name in refusal(lambda: load_checkpoint(model, path), path)
     assert_same(model, before)
@@ -404,7 +404,7 @@ def test_only_batch_counters_may_be_missing(tmp_path):
     weights = drawn().state_dict()
     counters = {name for name in weights if name.endswith("num_batches_tracked")}
     kept = {f"module.{name}": weights[name] for name in weights if name not in counters}
-    model = build_pointrend(tiny())
+    model = PointRend(tiny())
     report = load_checkpoint(model, write(tmp_path / "file.pth", kept))
     assert set(report.missing) == counters and report.format == "state dict"
     assert f"and {len(counters) - 4} more" in str(report)
@@ -463,7 +463,7 @@ def test_the_configuration_is_read_off_the_tensors(depth, layers, each):
     point_head = PointHeadConfig(channels=10, num_layers=layers, coarse_each_layer=each)
     config = tiny(depth=depth, num_classes=layers, point_head=point_head)
     with torch.device("meta"):
-        weights = build_pointrend(config).state_dict()
+        weights = PointRend(config).state_dict()
     assert infer_model_config(weights) == config
 
 
@@ -513,7 +513,7 @@ def test_an_own_file_that_contradicts_itself(tmp_path, change, part):
 def test_an_own_file_of_another_version(tmp_path):
     path = write(tmp_path / "file.pth", own_file(drawn()) | {"version": 2})
     assert "version 2" in refusal(lambda: from_checkpoint(path), path)
-    assert "version 2" in refusal(lambda: load_checkpoint(build_pointrend(tiny()), path), path)
+    assert "version 2" in refusal(lambda: load_checkpoint(PointRend(tiny()), path), path)
 
 
 def mmcv_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -551,7 +551,7 @@ def timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_backbone_files(tmp_path, wrap, file_format):
     weights = dict(drawn().backbone.state_dict())
     path = write(tmp_path / "file.pth", wrap(weights), file_format)
-    model = build_pointrend(tiny())
+    model = PointRend(tiny())
     head = snapshot(model.decode_head)
     report = load_backbone(model.backbone, path)
     assert_same(model.backbone, weights)
@@ -567,7 +567,7 @@ def test_backbone_files(tmp_path, wrap, file_format):
 def test_backbones_that_do_not_fit(tmp_path):
     weights = dict(drawn().backbone.state_dict())
     path = write(tmp_path / "file.pth", mmcv_names(weights))
-    backbone = build_pointrend(tiny(depth=34)).backbone
+    backbone = PointRend(tiny(depth=34)).backbone
     before = snapshot(backbone)
     message = refusal(lambda: load_backbone(backbone, path), path)
     assert "the file is R-18, the model is R-34" in message and "layer1.2.conv1.weight" in message

@@ -10,7 +10,7 @@ from torch import nn
 
 from pointrend_triton import build_model, ops
 from pointrend_triton.config import Config, ModelConfig, PointHeadConfig
-from pointrend_triton.models import build_pointrend
+from pointrend_triton.models import PointRend
 from pointrend_triton.models.coarse_head import CoarseHead
 from pointrend_triton.models.fpn import FPN
 from pointrend_triton.models.losses import accuracy, cross_entropy
@@ -22,7 +22,7 @@ SMALL_HEAD = PointHeadConfig(channels=8, num_points=16, subdivision_num_points=3
 
 def small(classes=5, point_head=SMALL_HEAD, **fields):
     fields = {"depth": 18, "base_channels": 8, "fpn_channels": 8, "head_channels": 8, **fields}
-    return build_pointrend(ModelConfig(num_classes=classes, point_head=point_head, **fields))
+    return PointRend(ModelConfig(num_classes=classes, point_head=point_head, **fields))
 
 
 def lively(model):

@@ -24,7 +24,7 @@ from make_golden import (  # noqa: E402
 
 from pointrend_triton import reference  # noqa: E402
 from pointrend_triton.config import ModelConfig, PointHeadConfig  # noqa: E402
-from pointrend_triton.models import build_pointrend  # noqa: E402
+from pointrend_triton.models import PointRend  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=GOLDEN)
@@ -36,7 +36,7 @@ def case(request):
     head = PointHeadConfig(
         num_points=settings["points"], subdivision_num_points=settings["subdivision_points"]
     )
-    model = build_pointrend(
+    model = PointRend(
         ModelConfig(depth=settings["depth"], num_classes=settings["classes"], point_head=head)
     )
     return settings, golden, model
@@ -137,6 +137,6 @@ def test_one_training_step(case, model):
 )
 def test_parameter_counts_of_the_published_models(depth, classes, parameters, tensors):
     with torch.device("meta"):
-        model = build_pointrend(ModelConfig(depth=depth, num_classes=classes))
+        model = PointRend(ModelConfig(depth=depth, num_classes=classes))
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert len(model.state_dict()) == tensors

@@ -262,6 +262,29 @@ def test_a_stop_during_an_evaluation_loses_nothing(tiny, tmp_path, monkeypatch):
     assert saved["meta"]["iteration"] == 4
 
 
+@pytest.mark.parametrize("signalled", [True, False])
+def test_workers_that_died(tiny, tmp_path, monkeypatch, signalled):
+    original = train.train_loader
+
+    def dying(*args, **options):
+        for number, batch in enumerate(original(*args, **options)):
+            if number == 2:
+                if signalled:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                raise RuntimeError("DataLoader worker (pid 1) is killed")
+            yield batch
+
+    monkeypatch.setattr(train, "train_loader", dying)
+    command = [str(tiny), f"run_dir={tmp_path / 'run'}"]
+    if not signalled:
+        with pytest.raises(RuntimeError, match="worker"):
+            train.main(command)
+        return
+    assert train.main(command) == 128 + signal.SIGTERM
+    saved = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
+    assert saved["meta"]["iteration"] == 2
+
+
 @pytest.mark.slow
 def test_a_signal_to_the_whole_process_group_checkpoints(tiny, tmp_path):
     run_dir = tmp_path / "run"

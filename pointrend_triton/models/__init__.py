@@ -6,13 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pointrend_triton.config import Config, ModelConfig, load_config
+from pointrend_triton.config import Config, load_config
 from pointrend_triton.models.pointrend import PointRend
-
-
-def build_pointrend(config: ModelConfig) -> PointRend:
-    """A freshly initialised model; the file named by `config.pretrained` is left to the caller."""
-    return PointRend(config)
 
 
 def build_model(source: str | Path | Mapping[str, Any] | Config) -> PointRend:
@@ -21,7 +16,7 @@ def build_model(source: str | Path | Mapping[str, Any] | Config) -> PointRend:
     No weights are read: `load_checkpoint` and `load_backbone` of `pointrend_triton.checkpoint` do
     that.
     """
-    return build_pointrend(load_config(source).model)
+    return PointRend(load_config(source).model)
 
 
-__all__ = ["PointRend", "build_model", "build_pointrend"]
+__all__ = ["PointRend", "build_model"]

@@ -268,11 +268,11 @@ def compare_case(depth, classes, size):
     """One model at one size -> rows of (what, measured, tolerance)."""
     from pointrend_triton import reference
     from pointrend_triton.config import ModelConfig
-    from pointrend_triton.models import build_pointrend
+    from pointrend_triton.models import PointRend
 
     peer, ours = (
         build_peer(depth, classes),
-        build_pointrend(ModelConfig(depth=depth, num_classes=classes)),
+        PointRend(ModelConfig(depth=depth, num_classes=classes)),
     )
     ours.load_state_dict(peer.state_dict())
     ours.eval()
@@ -353,9 +353,9 @@ def compare_file(depth, classes, size):
 
     from pointrend_triton.config import ModelConfig
     from pointrend_triton.data import TestTransform, read_image
-    from pointrend_triton.models import build_pointrend
+    from pointrend_triton.models import PointRend
 
-    peer, ours = build_peer(depth, classes), build_pointrend(ModelConfig(depth, classes))
+    peer, ours = build_peer(depth, classes), PointRend(ModelConfig(depth, classes))
     ours.load_state_dict(peer.state_dict())
     from mmseg.apis import inference_model  # wants the placeholder that build_peer made
 
