@@ -91,6 +91,9 @@ class DataConfig:
     root: str | None = None
     train_split: str = "train"
     eval_split: str = "val"
+    # a folder: the training split is decoded into it once and read from there; null: decoded anew
+    # each time. Of sets of files only; about height x width x 4 bytes a picture
+    cache: str | None = None
     # every n-th image of train_split is kept out of training, as the split "holdout"; 0: none
     holdout_every: int = 0
     # base scale: images are resized, keeping their ratio, to fit this longer and shorter side
@@ -134,7 +137,10 @@ class TrainConfig:
     """SGD with the poly schedule as mmsegmentation 0.x ran it."""
 
     iterations: int = 80000
+    # in all: over the GPUs and over the parts that `accumulate` cuts it into
     batch_size: int = 8
+    # a batch in this many parts, one after the other, for a small GPU; BatchNorm sees the parts
+    accumulate: int = 1
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -147,21 +153,36 @@ class TrainConfig:
     amp: bool = False
     compile: bool = False
     channels_last: bool = False
+    # fp32 convolutions and products in TF32, with 10 bits of fraction; the published runs had none
+    tf32: bool = False
+    # the same numbers again from the same machine, to the last bit; slower on a GPU
+    deterministic: bool = False
+    # steps whose gradients are not finite are skipped; more than this many end the run
+    max_skipped: int = 10
     log_every: int = 50
     eval_every: int = 8000
     eval_images: int | None = None
     checkpoint_every: int = 8000
+    # last.pth, last-1.pth, ...; best.pth is kept besides
+    keep_checkpoints: int = 2
     # pictures of this many evaluation images go to TensorBoard
     pictures: int = 4
     resume: str | None = None
     run_dir: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "log_every", "eval_every", "checkpoint_every"):
+        at_least_1 = ("iterations", "batch_size", "accumulate", "keep_checkpoints")
+        for name in (*at_least_1, "log_every", "eval_every", "checkpoint_every"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"train.batch_size {self.batch_size} must be divisible by train.accumulate "
+            f"{self.accumulate}",
+        )
         _require(self.lr > 0, "train.lr must be positive")
         _require(0 <= self.min_lr <= self.lr, "train.min_lr must be within 0 and train.lr")
-        for name in ("seed", "warmup_iterations", "weight_decay", "power", "pictures"):
+        at_least_0 = ("seed", "warmup_iterations", "weight_decay", "power", "pictures")
+        for name in (*at_least_0, "max_skipped"):
             _require(getattr(self, name) >= 0, f"train.{name} must be at least 0")
         _require(0 <= self.momentum < 1, "train.momentum must be at least 0 and below 1")
         _require(0 <= self.warmup_ratio <= 1, "train.warmup_ratio must be within 0 and 1")

@@ -134,3 +134,24 @@ def test_a_bad_file_reaches_the_user_with_its_message(workers):
         next(iter(loader))
     last = str(caught.value).strip().splitlines()[-1]
     assert last.endswith("/data/images/x.png: value 77 is no class")
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_parts_of_all_processes_make_up_the_batches_of_one(ranks):
+    data = config()
+    dataset = build_dataset(data, "train")
+    parts = [train_loader(dataset, data, 4, 3, 2, 5, rank=r, ranks=ranks) for r in range(ranks)]
+    joined = [
+        (torch.cat(images), torch.cat(labels), sum(files, []))
+        for images, labels, files in (
+            zip(*shares, strict=True) for shares in zip(*parts, strict=True)
+        )
+    ]
+    assert same(joined, batches(start=2, stop=5))
+
+
+def test_a_batch_that_cannot_be_shared_is_an_error():
+    with pytest.raises(DataError, match=r"train\.batch_size 8 .* 3 processes; .* multiple of 3"):
+        TrainBatches(10, 8, 0, 0, 1, rank=1, ranks=3)
+    with pytest.raises(ValueError, match=r"rank must be within 0\.\.1, not 2"):
+        TrainBatches(10, 8, 0, 0, 1, rank=2, ranks=2)
