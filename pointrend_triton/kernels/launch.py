@@ -3,12 +3,17 @@
 A kernel has a short list of configurations (block sizes, warps, stages). For each key (the types of
 its tensors, its constants, and buckets of its sizes) one of them runs, in this order: the one that
 is pinned, the one stored for this GPU, the fastest of a tuning on first use, the first that fits.
+
+Strides and alignment are not part of the key: Triton compiles for them by itself, and a kernel
+whose speed depends on the layout has a constant that says which it is.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +29,7 @@ Constants = dict[str, Any]
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 
 INTERPRETED = triton.knobs.runtime.interpret
-# bytes of shared memory one program may have, by compute capability; others are like the next lower
+# bytes of shared memory one program may have, by compute capability
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 SHARED_MEMORY |= {120: 99 << 10}
 
@@ -58,6 +63,9 @@ class Kernel:
         changes: Sequence[str] = (),
         **options: Any,
     ):
+        for argument in changes:
+            if argument not in function.arg_names:
+                raise ValueError(f"{name}: changes names {argument}, which is no argument of it")
         self.name = name
         self.function = function
         self.configs = configs
@@ -73,32 +81,24 @@ class Kernel:
         """Launches on the device of the first tensor.
 
         Args:
-            grid: constants and configuration -> numbers of programs.
-            arguments: what precedes the constants in the function.
+            grid: constants and configuration -> numbers of programs; nothing runs if one is 0.
+            arguments: what precedes the constants in the function: tensors, numbers, None, and
+                tuples of these.
             size: what speed depends on; rounded up to powers of four for the key.
             constants: the `tl.constexpr` parameters that no configuration sets.
         """
-        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        launch = Launch(self, arguments, constants, size)
         if _recorded is not None:
-            _recorded.append(Launch(self, arguments, constants, size))
-            return
-        device = tensors[0].device
-        if INTERPRETED:
-            self._run(
-                self._pinned(constants) or self.configs(constants)[0], grid, arguments, constants
-            )
-            return
-        with torch.cuda.device(device):
-            key = (
-                device.index,
-                *(t.dtype for t in tensors),
-                *constants.values(),
-                *map(bucket, size),
-            )
-            config = self._pinned(constants) or self._chosen.get(key)
-            if config is None:
-                config = self._choose(key, grid, arguments, constants)
-            self._run(config, grid, arguments, constants)
+            _recorded.append(launch)
+        elif INTERPRETED:
+            self._run(self._pinned(constants) or self.configs(constants)[0], grid, launch)
+        else:
+            index = next(_tensors(arguments)).device.index
+            if index == torch.cuda.current_device():
+                self._launch(index, grid, launch)
+            else:
+                with torch.cuda.device(index):
+                    self._launch(index, grid, launch)
 
     def fitting(self, constants: Constants, limit: int) -> list[triton.Config]:
         """The configurations whose estimate of shared memory is within `limit` bytes."""
@@ -114,14 +114,21 @@ class Kernel:
             )
         return fitting
 
-    def _run(
-        self, config: triton.Config, grid: Grid, arguments: Sequence[Any], constants: Constants
-    ) -> None:
-        programs = grid({**constants, **config.kwargs})
+    def _launch(self, index: int, grid: Grid, launch: Launch) -> None:
+        # every launch passes here: kept to a few microseconds
+        types = tuple([getattr(argument, "dtype", None) for argument in launch.arguments])
+        key = (index, types, *launch.constants.items(), *map(bucket, launch.size))
+        config = self._chosen.get(key) if _pins is None else self._pinned(launch.constants)
+        self._run(config or self._choose(key, grid, launch), grid, launch)
+
+    def _run(self, config: triton.Config, grid: Grid, launch: Launch) -> None:
+        programs = grid({**launch.constants, **config.kwargs})
         if 0 in programs:
             return
         options = {} if INTERPRETED else self.options
-        self.function[programs](*arguments, **constants, **config.all_kwargs(), **options)
+        self.function[programs](
+            *launch.arguments, **launch.constants, **config.all_kwargs(), **options
+        )
 
     def _pinned(self, constants: Constants) -> triton.Config | None:
         if _pins is None or _pins[0] is not self:
@@ -129,74 +136,106 @@ class Kernel:
         configs = self.configs(constants)
         return configs[_pins[1] % len(configs)]
 
-    def _choose(
-        self, key: tuple[Any, ...], grid: Grid, arguments: Sequence[Any], constants: Constants
-    ) -> triton.Config:
+    def _choose(self, key: tuple[Any, ...], grid: Grid, launch: Launch) -> triton.Config:
         index = key[0]
-        properties: Any = torch.cuda.get_device_properties(index)
-        configs = self.fitting(constants, properties.shared_memory_per_block_optin)
-        text = "/".join(str(part) for part in key[1:])
-        by_text = {_describe(config): config for config in configs}
-        found = None if _retune else by_text.get(store.find(index, self.name, text) or "")
-        if found is None:
-            if torch.cuda.is_current_stream_capturing():
-                return configs[0]  # not remembered: outside the capture it may still be tuned
-            if not _retune and os.environ.get("POINTREND_AUTOTUNE") == "0":
+        with _choosing:
+            if key in self._chosen:  # another thread was faster, or another kernel is pinned
+                return self._chosen[key]
+            properties: Any = torch.cuda.get_device_properties(index)
+            configs = self.fitting(launch.constants, properties.shared_memory_per_block_optin)
+            capturing = torch.cuda.is_current_stream_capturing()
+            retuned = _retuned is not None and self.name.startswith(_retuned[0])
+            found = None
+            if capturing or not retuned:
+                stored = store.find(index, self.name, launch.key)
+                found = next((c for c in configs if describe(c) == stored), None)
+            if found is None:
+                if capturing or 0 in grid({**launch.constants, **configs[0].kwargs}):
+                    return configs[0]  # not remembered: it may still be tuned
                 found = configs[0]
-            else:
-                found, times = self._tune(configs, grid, arguments, constants)
-                store.remember(index, self.name, text, _describe(found), times)
-        self._chosen[key] = found
-        return found
+                if len(configs) > 1 and (retuned or _tunes_on_first_use()):
+                    found, times = self._tune(configs, grid, launch)
+                    store.remember(index, self.name, launch.key, describe(found), times)
+                    if _retuned is not None:
+                        _retuned[1].append(Tuned(self, launch.key, describe(found), times))
+            self._chosen[key] = found
+            return found
 
     def _tune(
-        self,
-        configs: list[triton.Config],
-        grid: Grid,
-        arguments: Sequence[Any],
-        constants: Constants,
+        self, configs: list[triton.Config], grid: Grid, launch: Launch
     ) -> tuple[triton.Config, dict[str, float]]:
-        """The fastest configuration, and the milliseconds of each that ran."""
-        names = self.function.arg_names
+        """The fastest configuration, and the milliseconds of each that runs, in their order."""
         changed = [
-            (t, t.clone())
-            for name, t in zip(names, arguments, strict=False)
+            (tensor, tensor.clone())
+            for name, argument in zip(self.function.arg_names, launch.arguments, strict=False)
             if name in self.changes
+            for tensor in _tensors((argument,))
         ]
 
-        def run(config: triton.Config) -> None:
+        def restore() -> None:
             for tensor, before in changed:
                 tensor.copy_(before)
-            self._run(config, grid, arguments, constants)
+
+        def run(config: triton.Config) -> None:
+            restore()
+            self._run(config, grid, launch)
 
         times: dict[str, float] = {}
-        if len(configs) > 1:
+        errors: list[Exception] = []
+        try:
             for config in configs:
                 try:
-                    ms = triton.testing.do_bench(lambda c=config: run(c), warmup=5, rep=20)
-                except OutOfResources:  # the estimate was too low
-                    continue
-                times[_describe(config)] = ms
-        for tensor, before in changed:
-            tensor.copy_(before)
+                    times[describe(config)] = triton.testing.do_bench(
+                        lambda config=config: run(config),
+                        warmup=5,
+                        rep=20,
+                        return_mode="median",
+                    )
+                except Exception as error:  # compilers fail in many ways
+                    errors.append(error)
+                    if not isinstance(error, OutOfResources):
+                        warnings.warn(
+                            f"{self.name} does not run in {describe(config)}: {error}", stacklevel=2
+                        )
+        finally:
+            restore()
         if not times:
-            return configs[0], times
-        return min(configs, key=lambda config: times.get(_describe(config), float("inf"))), times
+            raise errors[0]
+        return min(configs, key=lambda c: times.get(describe(c), float("inf"))), times
 
 
-@dataclass
+@dataclass(slots=True)
 class Launch:
-    """A launch that was recorded rather than made."""
+    """A launch: what `recording` collects instead of running."""
 
     kernel: Kernel
     arguments: tuple[Any, ...]
     constants: Constants
     size: tuple[int, ...] = field(default=())
 
+    @property
+    def key(self) -> str:
+        """What a choice for this launch is stored by, in one line."""
+        types = [str(a.dtype).removeprefix("torch.") for a in self.arguments if hasattr(a, "dtype")]
+        constants = [f"{name}={value}" for name, value in sorted(self.constants.items())]
+        return " ".join([*types, *constants, "size=" + ",".join(str(bucket(s)) for s in self.size)])
 
+
+@dataclass
+class Tuned:
+    """What a tuning found: the key, the fastest configuration, the milliseconds of all that ran."""
+
+    kernel: Kernel
+    key: str
+    config: str
+    times: dict[str, float]
+
+
+# of the process, not of the thread: autograd launches backward kernels from threads of its own
 _recorded: list[Launch] | None = None
 _pins: tuple[Kernel, int] | None = None
-_retune = False
+_retuned: tuple[tuple[str, ...], list[Tuned]] | None = None
+_choosing = threading.RLock()  # two tunings side by side would disturb each other's times
 
 
 @contextmanager
@@ -222,16 +261,29 @@ def pinned(kernel: Kernel, number: int) -> Iterator[None]:
 
 
 @contextmanager
-def retuning() -> Iterator[None]:
-    """Inside, keys that were not used before in this process are tuned and stored anew."""
-    global _retune
+def retuning(kernels: Sequence[str] = ("",)) -> Iterator[list[Tuned]]:
+    """Inside, every key of some kernels is tuned and stored anew, once; collects what was found.
+
+    Args:
+        kernels: beginnings of their names; the others are not tuned. All by default.
+    """
+    global _retuned
     for kernel in KERNELS.values():
         kernel._chosen.clear()
-    previous, _retune = _retune, True
+    previous, _retuned = _retuned, (tuple(kernels), [])
     try:
-        yield
+        yield _retuned[1]
     finally:
-        _retune = previous
+        _retuned = previous
+
+
+def shared_memory(capability: int) -> int:
+    """Bytes of shared memory one program may have; capabilities not listed are like the next lower.
+
+    Args:
+        capability: ten times the major number plus the minor, at least 80.
+    """
+    return SHARED_MEMORY[max(known for known in SHARED_MEMORY if known <= capability)]
 
 
 def bucket(size: int) -> int:
@@ -239,5 +291,18 @@ def bucket(size: int) -> int:
     return 1 << (2 * -(-(max(size, 1) - 1).bit_length() // 2))
 
 
-def _describe(config: triton.Config) -> str:
+def describe(config: triton.Config) -> str:
+    """A configuration in one line, by which it is stored."""
     return ", ".join(f"{name}={value}" for name, value in sorted(config.all_kwargs().items()))
+
+
+def _tunes_on_first_use() -> bool:
+    return _retuned is None and os.environ.get("POINTREND_AUTOTUNE") != "0"
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)

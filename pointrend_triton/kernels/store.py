@@ -2,7 +2,7 @@
 
 Read first where tuning writes (POINTREND_CACHE, by default the user's cache folder), then beside
 this file in tuned/, which is shipped. A stored configuration counts only where the kernel still has
-it.
+it: a file can choose among them, nothing else. One that cannot be read counts as absent.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +23,52 @@ import torch
 import triton
 
 SHIPPED = Path(__file__).parent / "tuned"
+PATIENCE = 2.0  # seconds to wait for another process that writes
+
+# kernel -> key -> {"config": the chosen one, "ms": {configuration: milliseconds}}
+Table = dict[str, dict[str, dict[str, Any]]]
 
 
 def find(device: int, kernel: str, key: str) -> str | None:
     """The stored configuration of a kernel and key on a GPU, or None."""
-    entry = _tables(device).get(kernel, {}).get(key)
-    config = entry.get("config") if isinstance(entry, dict) else None
-    return config if isinstance(config, str) else None
+    entry = table(device).get(kernel, {}).get(key)
+    return entry["config"] if entry else None
 
 
 def remember(device: int, kernel: str, key: str, config: str, times: dict[str, float]) -> None:
     """Stores the choice for a kernel and key, and the milliseconds of all that were tried.
 
-    A folder that cannot be written leaves the choice in memory: it is tuned again by the next
-    process.
+    Where it cannot be written it stays in memory: the next process tunes again.
     """
     entry = {"config": config, "ms": {name: round(ms, 6) for name, ms in times.items()}}
-    _tables(device).setdefault(kernel, {})[key] = entry
+    table(device).setdefault(kernel, {})[key] = entry
     path = path_for(device)
+    if path is None:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = _read(path) or describe(device)  # another process may have added to it
-        content.setdefault("kernels", {}).setdefault(kernel, {})[key] = entry
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(content, file, indent=1, sort_keys=True)
-            file.write("\n")
-        Path(file.name).replace(path)
+        with _lock(path):
+            stored = _read(path)  # other processes may have added to it
+            stored.setdefault(kernel, {})[key] = entry
+            _write(path, device, stored)
     except OSError:
         return
 
 
-def describe(device: int) -> dict[str, Any]:
+def ship(device: int) -> Path:
+    """Writes all that is known of a GPU into the package and returns the file's path."""
+    path = shipped_path(device)
+    path.parent.mkdir(exist_ok=True)
+    _write(path, device, table(device))
+    return path
+
+
+def table(device: int) -> Table:
+    """All that is stored for a GPU; the user's own over what is shipped."""
+    return _tables(shipped_path(device), path_for(device))
+
+
+def identity(device: int) -> dict[str, str]:
     """What a table is for: GPU, versions and the state of the kernels."""
     return {
         "gpu": torch.cuda.get_device_name(device),
@@ -60,12 +78,16 @@ def describe(device: int) -> dict[str, Any]:
     }
 
 
-def path_for(device: int) -> Path:
-    """Where the table of a GPU is written."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = os.environ.get("POINTREND_CACHE") or Path(cache) / "pointrend_triton"
-    name = "-".join(str(value) for value in describe(device).values())
-    return Path(root) / f"{_file_name(name)}.json"
+def path_for(device: int) -> Path | None:
+    """Where the table of a GPU is written; None where there is no folder for it."""
+    folder = os.environ.get("POINTREND_CACHE")
+    if not folder:
+        try:
+            cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        except RuntimeError:  # a user without a home
+            return None
+        folder = str(Path(cache) / "pointrend_triton")
+    return Path(folder) / f"{_file_name('-'.join(identity(device).values()))}.json"
 
 
 def shipped_path(device: int) -> Path:
@@ -83,26 +105,68 @@ def source_hash() -> str:
 
 
 @functools.cache
-def _tables(device: int) -> dict[str, dict[str, Any]]:
-    merged: dict[str, dict[str, Any]] = {}
-    for path in (shipped_path(device), path_for(device)):
-        for kernel, entries in ((_read(path) or {}).get("kernels") or {}).items():
-            if isinstance(entries, dict):
-                merged.setdefault(kernel, {}).update(entries)
+def _tables(shipped: Path, own: Path | None) -> Table:
+    merged = _read(shipped)
+    for kernel, entries in (_read(own) if own else {}).items():
+        merged.setdefault(kernel, {}).update(entries)
     return merged
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """None where there is no readable table."""
+def _read(path: Path) -> Table:
+    """The entries that are as they should be; none where there is no readable table."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    kernels = content.get("kernels") if isinstance(content, dict) else None
+    return {
+        kernel: {key: entry for key, entry in entries.items() if _is_entry(entry)}
+        for kernel, entries in (kernels.items() if isinstance(kernels, dict) else ())
+        if isinstance(entries, dict)
+    }
+
+
+def _is_entry(value: Any) -> bool:
     return (
-        content
-        if isinstance(content, dict) and isinstance(content.get("kernels", {}), dict)
-        else None
+        isinstance(value, dict)
+        and isinstance(value.get("config"), str)
+        and isinstance(value.get("ms"), dict)
+        and all(isinstance(ms, int | float) for ms in value["ms"].values())
     )
+
+
+def _write(path: Path, device: int, content: Table) -> None:
+    """All or nothing: a reader never sees half a table."""
+    kernels = {kernel: dict(sorted(content[kernel].items())) for kernel in sorted(content)}
+    new = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        new.write_text(json.dumps({**identity(device), "kernels": kernels}, indent=1) + "\n")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time; after some patience without, for losing an entry is no harm."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with path.with_name(path.name + ".lock").open("w") as file:
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # another process has it
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.01)
+            except OSError:  # a file system without locks
+                break
+        yield
 
 
 def _file_name(text: str) -> str:
