@@ -1,16 +1,25 @@
 """The point operations of PointRend: argument checks, documentation and the choice of a backend.
 
+On CUDA the fused kernels of `pointrend_triton.kernels` compute, elsewhere plain PyTorch does.
+
 Shapes: N images, C channels or classes, H x W cells of a map, P points.
 Every operation takes tensors of any strides and maps in fp32, fp16 or bf16. Coordinates are (x, y)
 in [0, 1] over the whole map, in fp32; half precision is widened. Centres are half-pixel: cell
 (i, j) lies at ((j + 0.5) / W, (i + 0.5) / H).
 
-Every backend computes what `pointrend_triton.reference` computes. Errors name the argument, the
-rule and what came: ValueError for values and shapes, TypeError for types.
+Every backend computes what `pointrend_triton.reference` computes; fp64 and gradients to coordinates
+are always left to it. Errors name the argument, the rule and what came: ValueError for values,
+shapes and devices, TypeError for types.
+
+Under `torch.compile` a number of points or maps that changes from call to call compiles once more,
+for any number; 0 and 1 are compiled apart. `torch._dynamo.mark_dynamic(tensor, dimension)` on the
+first call avoids even that. Kernels are not tuned again for it.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Sequence
 from types import TracebackType
@@ -22,8 +31,15 @@ from torch import Tensor
 from pointrend_triton import reference
 from pointrend_triton.reference import Uncertainty
 
+# without Triton, as on macOS, the reference computes
+library: Any = None
+if importlib.util.find_spec("triton") is not None:
+    library = importlib.import_module("pointrend_triton.library")
+
 UNCERTAINTIES = ("top2_margin", "neg_abs")
 BACKENDS = ("auto", "triton", "reference")
+_KERNEL_DEVICES = ("cuda",)  # where "auto" takes the kernels
+_KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LABEL_TYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -57,15 +73,23 @@ def point_sample(
     _check_coords(coords, input.shape[0])
     _check_choice("mode", mode, ("bilinear", "nearest"))
     _check_choice("padding_mode", padding_mode, ("zeros", "border"))
-    _resolve_backend(input)
-    return reference.point_sample(
-        input,
-        coords,
-        mode=mode,
-        padding_mode=padding_mode,
-        align_corners=align_corners,
-        out_dtype=out_dtype,
-    )
+    _check_devices(input=input, coords=coords)
+    if not _uses_kernels(input, coords) or _needs_gradient(coords):
+        return reference.point_sample(
+            input,
+            coords,
+            mode=mode,
+            padding_mode=padding_mode,
+            align_corners=align_corners,
+            out_dtype=out_dtype,
+        )
+    keeps_type = mode == "nearest" and not input.is_floating_point()
+    natural = input.dtype if keeps_type else torch.float32
+    stored = out_dtype if out_dtype in _KERNEL_TYPES and not keeps_type else natural
+    points = coords.flatten(1, -2)  # [N, P, 2]
+    sampled = library.point_sample(input, points, mode, padding_mode, align_corners, stored)
+    sampled = sampled if out_dtype is None else sampled.to(out_dtype)
+    return sampled if coords.dim() == 3 else sampled.unflatten(2, coords.shape[1:3])
 
 
 @torch.no_grad()
@@ -82,8 +106,9 @@ def select_uncertain_points(
     """Points to train on: the most uncertain of many random ones, then random ones.
 
     PointRend section 3.1. Draws `torch.rand(N, int(num_points * oversample_ratio), 2)`, keeps the
-    `int(importance_sample_ratio * num_points)` most uncertain, and appends `torch.rand` points up
-    to `num_points`: for the same seed the points of mmsegmentation and detectron2.
+    `int(importance_sample_ratio * num_points)` most uncertain (in any order), and appends
+    `torch.rand` points up to `num_points`: for the same seed the points of mmsegmentation and
+    detectron2.
 
     Args:
         logits: [N, C, H, W].
@@ -119,16 +144,26 @@ def select_uncertain_points(
                     f"draws: the {name} must be {(logits.shape[0], count, 2)}, "
                     f"not {tuple(draw.shape)}"
                 )
-    _resolve_backend(logits)
-    return reference.select_uncertain_points(
-        logits,
-        num_points,
-        oversample_ratio=oversample_ratio,
-        importance_sample_ratio=importance_sample_ratio,
-        uncertainty=uncertainty,
-        generator=generator,
-        draws=draws,
+        _check_devices(logits=logits, candidates=draws[0], random=draws[1])
+    if not _uses_kernels(logits):
+        return reference.select_uncertain_points(
+            logits,
+            num_points,
+            oversample_ratio=oversample_ratio,
+            importance_sample_ratio=importance_sample_ratio,
+            uncertainty=uncertainty,
+            generator=generator,
+            draws=draws,
+        )
+    num_uncertain = int(importance_sample_ratio * num_points)
+    candidates, random = draws or reference.draw_points(
+        logits, num_points, oversample_ratio, num_uncertain, generator
     )
+    if callable(uncertainty):
+        scores = uncertainty(point_sample(logits, candidates))[:, 0]
+    else:
+        scores = library.sampled_uncertainty(logits, candidates, uncertainty)
+    return library.select_points(scores, candidates, random, num_uncertain)
 
 
 @torch.no_grad()
@@ -147,8 +182,9 @@ def topk_on_grid(uncertainty: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if uncertainty.shape[1] != 1:
         raise ValueError(f"uncertainty must be [N, 1, H, W], not {tuple(uncertainty.shape)}")
     _check_count("k", k, 0)
-    _resolve_backend(uncertainty)
-    return reference.topk_on_grid(uncertainty, k)
+    if not _uses_kernels(uncertainty):
+        return reference.topk_on_grid(uncertainty, k)
+    return library.topk_on_grid(uncertainty, k)
 
 
 @torch.no_grad()
@@ -176,14 +212,18 @@ def upsample_uncertainty(
     _check_logits("logits", logits)
     _check_uncertainty(uncertainty)
     _check_count("scale", scale, 1)
-    _resolve_backend(logits)
-    return reference.upsample_uncertainty(
-        logits,
-        scale,
-        uncertainty=uncertainty,
-        return_logits=return_logits,
-        return_labels=return_labels,
+    if not _uses_kernels(logits) or callable(uncertainty):
+        return reference.upsample_uncertainty(
+            logits,
+            scale,
+            uncertainty=uncertainty,
+            return_logits=return_logits,
+            return_labels=return_labels,
+        )
+    scores, upsampled, labels = library.upsample_uncertainty(
+        logits, scale, uncertainty, return_logits, return_labels
     )
+    return scores, upsampled if return_logits else None, labels if return_labels else None
 
 
 def point_head(
@@ -214,11 +254,18 @@ def point_head(
     _check_coords(coords, fine_map.shape[0])
     if coords.dim() != 3:
         raise ValueError(f"coords must be [N, P, 2], not {tuple(coords.shape)}")
+    _check_devices(fine_map=fine_map, coords=coords)
     _check_layers(fine_map, coarse_map, weights, biases, coarse_each_layer)
-    _resolve_backend(fine_map)
-    return reference.point_head(
-        fine_map, coarse_map, coords, weights, biases, coarse_each_layer=coarse_each_layer
+    if not _runs_head_kernels(fine_map, coarse_map, coords, weights) or _needs_gradient(coords):
+        return reference.point_head(
+            fine_map, coarse_map, coords, weights, biases, coarse_each_layer=coarse_each_layer
+        )
+    save = _needs_gradient(fine_map, coarse_map, *weights, *biases)
+    dtype = _head_type(fine_map, weights)
+    logits, _ = library.point_head(
+        fine_map, coarse_map, coords, list(weights), list(biases), coarse_each_layer, dtype, save
     )
+    return logits
 
 
 @torch.no_grad()
@@ -242,8 +289,9 @@ def decode(
     """
     _check_logits("logits", logits)
     _check_sizes(image_size, size)
-    _resolve_backend(logits)
-    return reference.decode(logits, image_size=image_size, size=size)
+    if not _uses_kernels(logits):
+        return reference.decode(logits, image_size=image_size, size=size)
+    return library.decode(logits, image_size, size)
 
 
 @torch.no_grad()
@@ -286,20 +334,37 @@ def refine(
     _check_count("steps", steps, 0)
     _check_count("num_points", num_points, 0)
     _check_sizes(image_size, size)
-    _resolve_backend(coarse)
-    return reference.refine(
+    if not _runs_head_kernels(fine_map, coarse, None, weights):
+        return reference.refine(
+            coarse,
+            fine_map,
+            weights,
+            biases,
+            steps=steps,
+            num_points=num_points,
+            coarse_each_layer=coarse_each_layer,
+            uncertainty=uncertainty,
+            output=output,
+            image_size=image_size,
+            size=size,
+        )
+    refined = library.refine(
         coarse,
         fine_map,
-        weights,
-        biases,
-        steps=steps,
-        num_points=num_points,
-        coarse_each_layer=coarse_each_layer,
-        uncertainty=uncertainty,
-        output=output,
-        image_size=image_size,
-        size=size,
+        list(weights),
+        list(biases),
+        steps,
+        num_points,
+        coarse_each_layer,
+        uncertainty,
+        output == "labels",
+        image_size,
+        size,
+        _head_type(fine_map, weights),
     )
+    if output == "labels":
+        return refined
+    return reference.resample(reference.resample(refined, image_size), size)
 
 
 class backend:
@@ -336,14 +401,71 @@ class backend:
         return name
 
 
-def _resolve_backend(tensor: Tensor) -> str:
-    """The one place that decides; the Triton kernels will be chosen here."""
-    if backend.current() == "triton":
+def _uses_kernels(*tensors: Tensor, unfit: str | None = None) -> bool:
+    """The one place that decides who computes.
+
+    Args:
+        tensors: the first one's device decides; fp64 is the reference's.
+        unfit: why the kernels cannot do this call.
+
+    Raises:
+        RuntimeError: the kernels were asked for and cannot run.
+    """
+    name = backend.current()
+    device = tensors[0].device
+    if name == "reference" or any(tensor.dtype == torch.float64 for tensor in tensors):
+        return False
+    if name == "auto" and (device.type not in _KERNEL_DEVICES or _is_exporting()):
+        return False
+    reason = unfit or _why_no_kernels(device.type, device.index)
+    if reason is not None and name == "triton":
         raise RuntimeError(
-            f"backend 'triton' was asked for a tensor on {tensor.device}, but this version has no "
-            "Triton kernels; use 'auto' or 'reference'"
+            f"backend 'triton' was asked for a tensor on {device}, but {reason}; "
+            "use 'auto' or 'reference'"
         )
-    return "reference"
+    return reason is None
+
+
+def _runs_head_kernels(
+    fine_map: Tensor, coarse_map: Tensor, coords: Tensor | None, weights: Sequence[Tensor]
+) -> bool:
+    tensors = [fine_map, coarse_map, *weights, *([] if coords is None else [coords])]
+    unfit = None if library is None else library.unsupported_head(fine_map, coarse_map, weights)
+    return _uses_kernels(*tensors, unfit=unfit)
+
+
+def _head_type(fine_map: Tensor, weights: Sequence[Tensor]) -> torch.dtype:
+    """In which type the MLP computes: autocast's, where it is on, as for a convolution."""
+    if torch.is_autocast_enabled(fine_map.device.type):
+        return torch.get_autocast_dtype(fine_map.device.type)
+    return weights[0].dtype
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _is_exporting() -> bool:
+    """What is exported or traced must hold no kernels, so that it runs elsewhere."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return tracing or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
+@torch.compiler.assume_constant_result
+def _why_no_kernels(kind: str, index: int | None) -> str | None:
+    """Why Triton kernels cannot run on a device, or None where they can."""
+    if library is None:
+        return "Triton is not installed"
+    if library.INTERPRETED:
+        return None  # on the CPU, through Triton's interpreter
+    if kind != "cuda":
+        return "Triton kernels need a CUDA device (TRITON_INTERPRET=1 interprets them on the CPU)"
+    if torch.version.hip is not None:
+        return "the kernels have not been made for ROCm"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"they need compute capability 8.0, and this GPU has {major}.{minor}"
+    return None
 
 
 def _check_map(name: str, value: Tensor) -> None:
@@ -356,6 +478,15 @@ def _check_map(name: str, value: Tensor) -> None:
     if not value.is_floating_point() and not (name == "input" and value.dtype in _LABEL_TYPES):
         rule = "floating point, integer or bool" if name == "input" else "floating point"
         raise TypeError(f"{name} must be {rule}, not {value.dtype}")
+
+
+def _check_devices(**tensors: Tensor) -> None:
+    (first, expected), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != expected.device:
+            raise ValueError(
+                f"{name} must be on {expected.device} as {first} is, not on {tensor.device}"
+            )
 
 
 def _check_logits(name: str, value: Tensor) -> None:
@@ -392,12 +523,14 @@ def _check_layers(
             "fine_map and the coarse map must hold as many images, "
             f"not {fine_map.shape[0]} and {coarse_map.shape[0]}"
         )
+    _check_devices(**{"fine_map": fine_map, "the coarse map": coarse_map})
     classes = coarse_map.shape[1]
     width = fine_map.shape[1] + classes
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         for name, value in (("weights", weight), ("biases", bias)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}[{i}] must be a tensor, not {type(value).__name__}")
+            _check_devices(**{"fine_map": fine_map, f"{name}[{i}]": value})
         if weight.dim() not in (2, 3) or weight.shape[1] != width or weight.shape[2:].numel() != 1:
             raise ValueError(
                 f"weights[{i}] must be [out, {width}] or [out, {width}, 1] for these maps, "

@@ -91,24 +91,31 @@ def select_uncertain_points(
     generator: torch.Generator | None = None,
     draws: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    n = logits.shape[0]
     num_uncertain = int(importance_sample_ratio * num_points)
-    if draws is None:
-        num_candidates = int(num_points * oversample_ratio)
-        # torch.rand, called in this order, gives the points of mmsegmentation and detectron2 for a
-        # seed
-        candidates = torch.rand(n, num_candidates, 2, device=logits.device, generator=generator)
-        random = torch.rand(
-            n, num_points - num_uncertain, 2, device=logits.device, generator=generator
-        )
-    else:
-        candidates, random = draws
+    candidates, random = draws or draw_points(
+        logits, num_points, oversample_ratio, num_uncertain, generator
+    )
     # scored after the interpolation: the margin of interpolated logits is not the interpolated
     # margin
     scores = score(point_sample(logits, candidates), uncertainty)[:, 0]  # [N, candidates]
     chosen = scores.topk(num_uncertain, dim=1).indices
     uncertain = candidates.gather(1, repeat(chosen, "n k -> n k xy", xy=2))
     return torch.cat([uncertain, random], dim=1)
+
+
+def draw_points(
+    logits: Tensor,
+    num_points: int,
+    oversample_ratio: float,
+    num_uncertain: int,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Candidates and random points; for a seed those of mmsegmentation and detectron2."""
+    n, device = logits.shape[0], logits.device
+    num_candidates = int(num_points * oversample_ratio)
+    candidates = torch.rand(n, num_candidates, 2, device=device, generator=generator)
+    random = torch.rand(n, num_points - num_uncertain, 2, device=device, generator=generator)
+    return candidates, random
 
 
 def topk_on_grid(uncertainty: Tensor, k: int) -> tuple[Tensor, Tensor]:

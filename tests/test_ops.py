@@ -228,9 +228,27 @@ def test_unknown_backend_changes_nothing():
 
 
 @pytest.mark.parametrize("call", [sample, select, topk, upsample, head, decode, refine])
-def test_triton_is_refused_in_words(call):
+def test_triton_is_refused_in_words(call, monkeypatch):
+    monkeypatch.setattr(ops.library, "INTERPRETED", False)  # as without TRITON_INTERPRET
     with ops.backend("triton"), pytest.raises(RuntimeError, match="'triton' was asked for .* cpu"):
         call()
     for name in ("auto", "reference"):
         with ops.backend(name):
             call()
+
+
+ELSEWHERE = [
+    (sample, {"coords": COORDS.to("meta")}, "coords must be on cpu as input is, not on meta"),
+    (head, {"coords": COORDS.to("meta")}, "coords must be on cpu as fine_map is, not on meta"),
+    (head, {"coarse_map": MAP.to("meta")}, "the coarse map must be on cpu as fine_map is"),
+    (refine, {"fine_map": MAP.to("meta")}, "the coarse map must be on meta as fine_map is"),
+    (refine, {"weights": [WEIGHTS[0], WEIGHTS[1].to("meta")]}, "weights[1] must be on cpu as fine"),
+    (head, {"biases": [b.to("meta") for b in BIASES]}, "biases[0] must be on cpu as fine_map is"),
+    (select, {"draws": (DRAWS[0], DRAWS[1].to("meta"))}, "random must be on cpu as logits is"),
+]
+
+
+@pytest.mark.parametrize(("call", "arguments", "message"), ELSEWHERE)
+def test_devices_are_not_mixed(call, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(**arguments)
