@@ -22,9 +22,9 @@ from pointrend_triton.kernels.launch import INTERPRETED, Constants, Kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 256  # hidden channels: a program holds a whole layer's output in registers
-BLOCK = 64  # outputs of the predictor at a time
 STEP = 32  # columns of every part are multiples of it
 
+_BLOCK = tl.constexpr(64)  # outputs of the predictor at a time
 _UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's dot is wrong in bf16
 
 
@@ -162,7 +162,7 @@ def _point_head(
     COARSE_COLUMN: tl.constexpr = FINE_PAD if FINE_PAD > HIDDEN_PAD else HIDDEN_PAD
     COARSE_SLOT: tl.constexpr = FINE_PAD + LAYERS * HIDDEN_PAD if SAVE else COARSE_COLUMN
     PITCH: tl.constexpr = COARSE_COLUMN + CLASSES_PAD
-    WHOLE: tl.constexpr = OUTPUTS // 64 * 64
+    WHOLE: tl.constexpr = OUTPUTS // _BLOCK * _BLOCK
 
     tiles = tl.cdiv(points, ROWS)
     n = (tl.program_id(0) // tiles).to(tl.int64)
@@ -181,12 +181,12 @@ def _point_head(
         y = tl.load(coords + coords_xy, mask=valid, other=0.0).to(tl.float32)
 
     _gather(
-        coarse + n * coarse_n, x, y, coarse_height, coarse_width, coarse_c, coarse_h, coarse_w,
-        at + COARSE_SLOT, valid, CLASSES, CLASSES_PAD, 32,
-    )  # fmt: skip
-    _gather(
         fine + n * fine_n, x, y, fine_height, fine_width, fine_c, fine_h, fine_w,
         at, valid, FINE, FINE_PAD, 64 if FINE_PAD % 64 == 0 else 32,
+    )  # fmt: skip
+    _gather(
+        coarse + n * coarse_n, x, y, coarse_height, coarse_width, coarse_c, coarse_h, coarse_w,
+        at + COARSE_SLOT, valid, CLASSES, CLASSES_PAD, 32,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -223,10 +223,10 @@ def _point_head(
         logits += n * logits_n
         logits += cell_y.to(tl.int64) * logits_h + cell_x.to(tl.int64) * logits_w
     best = tl.full([ROWS], -(1 << 63), tl.int64)
-    for first in tl.range(0, WHOLE, 64, disable_licm=True):
+    for first in tl.range(0, WHOLE, _BLOCK, disable_licm=True):
         best = _predict(
             at, valid, weights, biases, logits, logits_c, best, first, slot, width, end,
-            64, LAYERS, HIDDEN_PAD, OUTPUTS, COARSE_SLOT, COARSE_COLUMN, PITCH,
+            _BLOCK, LAYERS, HIDDEN_PAD, OUTPUTS, COARSE_SLOT, COARSE_COLUMN, PITCH,
             BLOCK_K, PRECISION,
         )  # fmt: skip
     if WHOLE < OUTPUTS:
@@ -372,8 +372,8 @@ def _dgrad_configs(constants: Constants) -> list[Config]:
 
 def _configs(constants: Constants) -> list[Config]:
     configs = _dgrad_configs(constants)
-    if constants["PRECISION"] == "half" and constants["OUTPUTS_PAD"] <= BLOCK:
-        configs.append(_config(128, 16, 3))  # with more outputs an A100 has too few registers
+    if constants["PRECISION"] == "half" and constants["OUTPUTS_PAD"] <= _BLOCK.value:
+        configs.append(_config(128, 16, 4))  # with more outputs an A100 has too few registers
     return configs
 
 
