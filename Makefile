@@ -45,7 +45,7 @@ demo: $(READY)
 
 test: $(READY)
 	@mkdir -p .cache
-	$(PY) -m pytest --basetemp=.cache/tests $(ARGS)
+	$(PY) -m pytest --basetemp=.cache/tests -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

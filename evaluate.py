@@ -5,6 +5,7 @@
     python evaluate.py ade20k_r50 FILE.pth data.root=data/ade/ADEChallengeData2016 --both
     python evaluate.py shapes_r18 runs/demo/last.pth --both --pictures runs/demo/pictures
     python evaluate.py runs/mine/config.yaml runs/mine/last.pth --limit 200 --speed
+    torchrun --nproc_per_node=4 evaluate.py cityscapes_r50 FILE.pth --ms-flip    # the same scores
 
 CONFIG says which data and which protocol; the network is what CHECKPOINT holds, except that the
 steps and points of the subdivision are CONFIG's: they leave no trace in tensors. mmsegmentation's
@@ -21,6 +22,7 @@ The last two leave out pixels within those 2 % of an ignored pixel.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import shlex
 import sys
@@ -34,6 +36,7 @@ import torch
 from pointrend_triton.checkpoint import CheckpointError, from_checkpoint, read_checkpoint
 from pointrend_triton.config import Config, ConfigError, load_config
 from pointrend_triton.data import DataError, SegmentationDataset, build_dataset
+from pointrend_triton.distributed import World, joined
 from pointrend_triton.environment import environment
 from pointrend_triton.inference import (
     WARMUP_IMAGES,
@@ -41,7 +44,6 @@ from pointrend_triton.inference import (
     evaluate_dataset,
     example_picture,
     measure_speed,
-    pick_device,
 )
 from pointrend_triton.metrics import SegmentationMetrics
 from pointrend_triton.models.pointrend import PointRend
@@ -58,7 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     args.command = shlex.join(["python", "evaluate.py", *argv])
     try:
-        evaluate(args)
+        with contextlib.ExitStack() as stack:
+            try:
+                world = stack.enter_context(joined(args.device))
+            except ValueError as error:
+                raise UsageError(f"--device {error}") from None
+            evaluate(args, world)
     except (UsageError, ConfigError, DataError, CheckpointError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 1
@@ -106,21 +113,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(args: argparse.Namespace, world: World) -> None:
     if args.json and args.json.is_dir():
         raise UsageError(f"--json {args.json} is a folder; it must name a file")
     config = load_config(args.config, args.overrides)
     split = args.split or config.data.eval_split
     scale = config.data.test_scale
-    try:
-        device = pick_device(args.device)
-    except ValueError as error:
-        raise UsageError(f"--device {error}") from None
     # pictures need no truth
     predicts_only = args.save is not None or args.pictures is not None
     dataset = build_dataset(config.data, split, labels_optional=predicts_only)
     chosen = choose_images(dataset, args.only, args.limit)
-    model = load_model(args.checkpoint, config, dataset, args.both).to(device)
+    model = load_model(args.checkpoint, config, dataset, args.both).to(world.device)
 
     only = "coarse" if args.coarse or model.point_head is None else "refined"
     methods = ["coarse", "refined"] if args.both else [only]
@@ -138,12 +141,15 @@ def evaluate(args: argparse.Namespace) -> None:
             indices=chosen,
             workers=config.data.workers,
             on_prediction=saver(dataset, folder) if folder else None,
+            world=world,
         )
-        if args.speed:
+        if args.speed and world.is_main:
             images = min(200, WARMUP_IMAGES + (args.limit or 200))
             speeds[method] = measure_speed(
                 model, dataset, scale, images=images, coarse=method == "coarse", amp=args.amp
             )
+    if not world.is_main:
+        return
     scores = {method: counted.compute() for method, counted in metrics.items()}
     passes = "six scales and flip" if args.ms_flip else "single scale"
     print(f"{len(chosen)} images of {config.data.dataset} {split}, {passes}\n")
@@ -157,7 +163,7 @@ def evaluate(args: argparse.Namespace) -> None:
             picture = example_picture(model, *dataset.load(index), scale, dataset.palette)
             save_png(args.pictures / f"{dataset.stem(index)}.png", picture)
     if args.json:
-        record = facts(args, config, split, len(dataset), model, device)
+        record = facts(args, config, split, len(dataset), model, world.device)
         record["results"] = {
             method: result(dataset.classes, metrics[method], speeds.get(method))
             for method in methods

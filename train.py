@@ -1,55 +1,53 @@
-"""Trains PointRend from a configuration, on one GPU or on the CPU.
+"""Trains PointRend from a configuration, on one GPU, on many, or on the CPU.
 
     python train.py shapes_r18                              # from scratch, minutes on a CPU
     python train.py camvid_r18 data.root=path/to/camvid     # real photographs
     python train.py cityscapes_r50 data.root=path/to/cityscapes amp=true channels_last=true
+    torchrun --nproc_per_node=4 train.py cityscapes_r50 data.root=path/to/cityscapes amp=true
     python train.py my.yaml lr=0.02 model.point_head=null   # any YAML file, any key overridden
     python train.py shapes_r18 resume=auto                  # go on where the run folder stands
 
 The first argument is a YAML file or the name of a bundled configuration (configs/*.yaml); the
 others are key=value overrides, whose last name is enough where it is unique. The run folder
-(train.run_dir, by default runs/NAME) gets config.yaml, environment.json, metrics.csv,
+(train.run_dir, by default runs/NAME) gets config.yaml, environment.json, metrics.csv, report.md,
 TensorBoard events (tensorboard --logdir runs), last.pth and best.pth (highest mIoU).
 
 It is the recipe of the published runs (SGD, poly schedule, warm-up, augmentation), in one loop to
-be read top to bottom. Ctrl-C or SIGTERM finishes the iteration at hand, writes last.pth and stops;
-a second one stops at once.
+be read top to bottom. train.batch_size counts all GPUs together, so that their number changes the
+speed and not the recipe. Ctrl-C or SIGTERM finishes the iteration at hand, writes last.pth and
+stops; a second one stops at once (under torchrun, the first one kills after 30 seconds).
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import contextlib
+import dataclasses
+import os
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing import errors
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from pointrend_triton.checkpoint import (
-    FORMAT,
-    VERSION,
-    CheckpointError,
-    load_backbone,
-    load_checkpoint,
-    missing_backbone_message,
-    read_checkpoint,
-    save_checkpoint,
-)
-from pointrend_triton.config import Config, TrainConfig, load_config, save_config, to_dict
+from pointrend_triton.checkpoint import load_backbone, missing_backbone_message
+from pointrend_triton.config import Config, TrainConfig, load_config, save_config
 from pointrend_triton.data import SegmentationDataset, build_dataset, train_loader
+from pointrend_triton.distributed import World, agree, gather, joined, mean, sync_batchnorm
 from pointrend_triton.environment import environment
-from pointrend_triton.inference import (
-    evaluate_dataset,
-    example_picture,
-    peak_memory,
-    pick_device,
-)
+from pointrend_triton.inference import evaluate_dataset, example_picture, peak_memory
 from pointrend_triton.models import PointRend, build_model
 from pointrend_triton.report import to_json
-from pointrend_triton.run import Record, StopRequest
+from pointrend_triton.run import Record, StopRequest, is_scored
+from pointrend_triton.snapshot import restore, save, seed_iteration, tidy
+from pointrend_triton.training_report import write_report
 from pointrend_triton.visualize import write_atomic
 
 # ---------------------------------------------------------------- configuration and run folder
@@ -69,8 +67,6 @@ def choose_run_dir(config: Config, name: str) -> tuple[Path, Path | None]:
     run_dir = Path(config.train.run_dir or Path("runs") / name)
     last, resume = run_dir / "last.pth", config.train.resume
     if resume == "auto":
-        if not last.exists():
-            print(f"no checkpoint in {run_dir}: starting from iteration 0")
         return run_dir, last if last.exists() else None
     checkpoint = Path(resume) if resume else None
     if last.exists() and (checkpoint is None or checkpoint.resolve().parent != run_dir.resolve()):
@@ -84,7 +80,12 @@ def choose_run_dir(config: Config, name: str) -> tuple[Path, Path | None]:
 # ---------------------------------------------------------------- model, optimiser, schedule
 
 
-def make_model(config: Config, dataset: SegmentationDataset, resuming: bool) -> PointRend:
+def make_model(
+    config: Config,
+    dataset: SegmentationDataset,
+    resuming: bool,
+    say: Any = print,
+) -> PointRend:
     wanted, present = max(config.model.num_classes, 2), len(dataset.classes)
     if wanted != present:
         raise ValueError(
@@ -99,7 +100,7 @@ def make_model(config: Config, dataset: SegmentationDataset, resuming: bool) -> 
             raise FileNotFoundError(
                 missing_backbone_message(config.model.pretrained, config.model.depth)
             )
-        print(load_backbone(model.backbone, config.model.pretrained))
+        say(load_backbone(model.backbone, config.model.pretrained))
     return model
 
 
@@ -116,102 +117,84 @@ def learning_rate(iteration: int, train: TrainConfig) -> float:
 
 
 def make_optimizer(model: PointRend, train: TrainConfig) -> torch.optim.Optimizer:
-    # one group: weight decay on every parameter, BatchNorm and biases too, as published
-    return torch.optim.SGD(
-        model.parameters(), train.lr, momentum=train.momentum, weight_decay=train.weight_decay
+    # one group: weight decay on every parameter, BatchNorm and biases too, as published;
+    # fused, because that kind can skip a step without the host knowing
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        train.lr,
+        momentum=train.momentum,
+        weight_decay=train.weight_decay,
+        fused=True,
     )
+    if train.momentum:
+        for parameter in model.parameters():  # a skipped first step would leave them unset
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
-# ---------------------------------------------------------------- checkpoints
+def set_numerics(train: TrainConfig) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = train.tf32
+    torch.backends.cudnn.allow_tf32 = train.tf32
+    torch.backends.cudnn.benchmark = not train.deterministic  # as published; sizes never change
+    if train.compile:  # draws the points that it draws without
+        torch._inductor.config.fallback_random = True
+    torch.use_deterministic_algorithms(train.deterministic)
+    if train.deterministic:  # read when cuBLAS starts, which may else sum in any order
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def save(
-    path: Path,
-    model: PointRend,
-    optimizer: torch.optim.Optimizer,
-    config: Config,
-    iteration: int,
-    best: float,
-) -> None:
-    """Everything that the rest of the run depends on, after `iteration` iterations."""
-    device = next(model.parameters()).device
-    rng = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(device)
-    meta = {
-        "model": to_dict(config.model),
-        "classes": list(model.classes or ()),
-        "palette": model.palette,
-        "iteration": iteration,
-        "best": best,
-        "config": to_dict(config),
-    }
-    payload = {
-        "format": FORMAT,
-        "version": VERSION,
-        "meta": meta,
-        "state_dict": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rng": rng,
-    }
-    save_checkpoint(path, payload)
+# ---------------------------------------------------------------- one iteration
 
 
-# what may change between the parts of one run
-FREE = {
-    *("log_every", "eval_every", "eval_images", "checkpoint_every", "pictures"),
-    *("resume", "run_dir", "device", "root", "workers", "pretrained"),
-}
+def backward(loss_of: Any, images: Tensor, labels: Tensor, train: TrainConfig) -> dict[str, Tensor]:
+    """Gradients of a batch, in train.accumulate parts -> the means of its losses and accuracies."""
+    parts = list(zip(images.chunk(train.accumulate), labels.chunk(train.accumulate), strict=True))
+    outs = []
+    for number, (part, truth) in enumerate(parts, 1):
+        # ranks exchange gradients once, with the last part
+        alone = number < len(parts) and hasattr(loss_of, "no_sync")
+        with loss_of.no_sync() if alone else contextlib.nullcontext():
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=train.amp):
+                out = loss_of(part, truth)
+            (out["loss"] / len(parts)).backward()
+        outs.append(out)
+    return {name: torch.stack([out[name].detach() for out in outs]).mean() for name in outs[0]}
 
 
-def restore(
-    path: Path, model: PointRend, optimizer: torch.optim.Optimizer, config: Config
-) -> tuple[int, float]:
-    """Puts a run back where `save` left it -> iterations done, best mIoU; refuses another run's."""
-    saved = read_checkpoint(path)
-    try:
-        rng, meta = saved["rng"], saved["meta"]
-        iteration, best = int(meta["iteration"]), float(meta["best"])
-        changed = [
-            f"{section}.{key}: {then[key]} then, {value} now"
-            for section, then in ((s, meta["config"][s]) for s in ("model", "data", "train"))
-            for key, value in to_dict(getattr(config, section)).items()
-            if key not in FREE and then[key] != value
-        ]
-        momentum = saved["optimizer"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a training checkpoint of this project, to be resumed: {error!r}"
-        ) from None
-    if changed:
-        raise CheckpointError(
-            f"{path} was trained with another configuration ({'; '.join(changed)}); "
-            "start another run with run_dir=..., or remove this one"
+def guarded_step(optimizer: Any, model: PointRend) -> Tensor:
+    """A step, or none if a gradient is not finite -> 1 if there was none, else 0, on the device."""
+    norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.step()
+    return optimizer.found_inf
+
+
+def report_skipped(
+    skips: list[Tensor], batches: list[tuple[int, list[str]]], before: int, limit: int
+) -> int:
+    """The only reading of skips back to the host, once a log line -> their number so far."""
+    flags = torch.stack(skips).tolist()
+    found = [batch for flag, batch in zip(flags, batches, strict=True) if flag]
+    count = before + len(found)
+    if found:
+        iteration, files = found[0]
+        text = (
+            f"gradients that are not finite at iteration {iteration} (the batch's files: "
+            f"{', '.join(files)}); {count} steps skipped so far"
         )
-    load_checkpoint(model, path, saved)
-    optimizer.load_state_dict(momentum)
-    torch.set_rng_state(rng["cpu"])
-    device = next(model.parameters()).device
-    if device.type == "cuda" and "cuda" in rng:
-        torch.cuda.set_rng_state(rng["cuda"], device)
-    return iteration, best
-
-
-# ---------------------------------------------------------------- checks and evaluation
-
-
-def check_finite(losses: list[Tensor], batches: list[tuple[int, list[str]]]) -> None:
-    """The only reading of losses back to the host: once a log line, not once an iteration."""
-    for value, (iteration, files) in zip(torch.stack(losses).tolist(), batches, strict=True):
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss is {value} at iteration {iteration}; the batch's files: "
-                f"{', '.join(files)}"
-            )
+        if count > limit:
+            raise FloatingPointError(f"{text}, more than train.max_skipped {limit}")
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+    return count
 
 
 def evaluate(
-    model: PointRend, dataset: SegmentationDataset, config: Config, record: Record, iteration: int
+    model: PointRend,
+    dataset: SegmentationDataset,
+    config: Config,
+    world: World,
+    record: Record | None,
+    iteration: int,
 ) -> dict[str, float]:
     scale, amp = config.data.test_scale, config.train.amp
     scores = evaluate_dataset(
@@ -221,12 +204,12 @@ def evaluate(
         amp=amp,
         limit=config.train.eval_images,
         workers=max(1, config.data.workers),
+        world=world,
     ).compute()
-    for index in range(min(config.train.pictures, len(dataset))):
-        picture = example_picture(model, *dataset.load(index), scale, dataset.palette)
-        record.board.add_image(
-            f"prediction/{dataset.stem(index)}", picture, iteration, dataformats="HWC"
-        )
+    if record is not None:
+        for index in range(min(config.train.pictures, len(dataset))):
+            picture = example_picture(model, *dataset.load(index), scale, dataset.palette)
+            record.picture(f"prediction/{dataset.stem(index)}", picture, iteration)
     return {"miou": scores["miou"], "boundary_iou": scores["mean_boundary_iou"]}
 
 
@@ -237,114 +220,172 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 128 and the number of the signal that ended the run early."""
     arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
-    train, data = config.train, config.data
-    run_dir, checkpoint = choose_run_dir(config, Path(arguments.config).stem)
-    device = pick_device(train.device)
+    set_numerics(config.train)  # before CUDA starts
+    with joined(config.train.device) as world:
+        return run(config, Path(arguments.config).stem, world)
+
+
+def run(config: Config, name: str, world: World) -> int:
+    train, data, device = config.train, config.data, world.device
+    run_dir, checkpoint = choose_run_dir(config, name)
+    last = run_dir / "last.pth"
+
+    def say(text: str) -> None:
+        if world.is_main:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    if train.batch_size % (world.size * train.accumulate):
+        raise ValueError(
+            f"train.batch_size {train.batch_size} must be divisible by the number of processes "
+            f"{world.size} times train.accumulate {train.accumulate}"
+        )
     torch.manual_seed(train.seed)
 
     train_set = build_dataset(data, data.train_split)
     eval_set = build_dataset(data, data.eval_split)
-    model = make_model(config, train_set, resuming=checkpoint is not None).to(device)
+    model = make_model(config, train_set, checkpoint is not None, say).to(device)
     if train.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    sync_batchnorm(model, world)
     optimizer = make_optimizer(model, train)
-    start, best = restore(checkpoint, model, optimizer, config) if checkpoint else (0, -1.0)
-    if start >= train.iterations:
-        print(f"{checkpoint} is trained to its last iteration, {start}; nothing is left to do")
+    start, best, skipped = 0, -1.0, 0
+    if checkpoint:
+        start, best, skipped = restore(checkpoint, model, optimizer, config)
+    if not (run_dir / "best.pth").exists():  # it goes on in another folder
+        best = -1.0
+    if len(set(gather(start))) > 1:
+        raise ValueError(f"{run_dir} must be one folder that all machines share, to resume from")
+    if world.is_main:
+        tidy(run_dir)
+    # an evaluation that a kill cut short, or that a stop left out, comes first
+    is_due = start > 0 and (start % train.eval_every == 0 or start == train.iterations)
+    owed = agree(world.is_main and is_due and not is_scored(run_dir, start))
+    if start >= train.iterations and not owed:
+        if world.is_main and (run_dir / "metrics.csv").exists():
+            write_report(run_dir)
+        say(f"{checkpoint} is trained to its last iteration, {start}; nothing is left to do")
         return 0
-    loss_of = torch.compile(model) if train.compile else model
+    loss_of: Any = model
+    if world.size > 1:
+        loss_of = DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+    if train.compile:
+        loss_of = torch.compile(loss_of)
 
-    torch.backends.cudnn.benchmark = True  # as published; image sizes never change
-    run_dir.mkdir(parents=True, exist_ok=True)
-    config.train.run_dir = str(run_dir)  # so that config.yaml finds its run again
-    save_config(config, run_dir / "config.yaml")
-    write_atomic(run_dir / "environment.json", to_json(environment(device)))
-    record = Record(run_dir, start)
-    loader = train_loader(
-        train_set,
-        data,
-        train.batch_size,
-        train.seed,
-        start,
-        train.iterations,
-        pin_memory=device.type == "cuda",
-    )
+    record = None
+    if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        config.train.run_dir = str(run_dir)  # so that config.yaml finds its run again
+        save_config(config, run_dir / "next.yaml")
+        (run_dir / "next.yaml").replace(run_dir / "config.yaml")  # never there by half
+        write_atomic(run_dir / "environment.json", to_json(environment(device)))
+        record = Record(run_dir, start)
+        record.text("config", (run_dir / "config.yaml").read_text(), start)
+
+    def loader(first: int, workers: int) -> Any:
+        return train_loader(
+            *(train_set, dataclasses.replace(data, workers=workers), train.batch_size, train.seed),
+            *(first, train.iterations, device, world.rank, world.size),
+        )
+
+    def score(done: int, best: float) -> float:
+        """Evaluates -> the highest mIoU so far; the row comes last, it says that all is written."""
+        scores = evaluate(model, eval_set, config, world, record, done)
+        miou, border = scores["miou"], scores["boundary_iou"]
+        say(f"iteration {done}: {miou:.2f} mIoU, {border:.2f} Boundary IoU")
+        if record is not None:
+            if miou > best:
+                save(run_dir, model, optimizer, config, done, miou, skipped, is_best=True)
+            record.write(done, scores)
+        return max(best, miou)
+
     parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{run_dir}: {parameters / 1e6:.1f} M parameters on {device}, {len(train_set)} training "
+    where = f"{world.size} x {device.type}" if world.size > 1 else str(device)
+    say(
+        f"{run_dir}: {parameters / 1e6:.1f} M parameters on {where}, {len(train_set)} training "
         f"and {len(eval_set)} evaluation images, iterations {start} to {train.iterations}"
     )
 
-    last = run_dir / "last.pth"
     model.train()
+    first_loader = loader(start, data.workers)  # which may write a cache first, for minutes
     stop = StopRequest()
-    bar = tqdm(total=train.iterations, initial=start, unit="it", dynamic_ncols=True, disable=None)
-    done, saves = start, False
-    since, losses, batches = time.perf_counter(), [], []
+    hidden = None if world.is_main else True
+    bar = tqdm(total=train.iterations, initial=start, unit="it", dynamic_ncols=True, disable=hidden)
+    done, stopping = start, False
+    since, waited, skips, batches = time.perf_counter(), 0.0, [], []
+    # where a signal ended the workers too, the batch that is still due is made here
+    feed = stop.until(first_loader, lambda count: loader(start + count, workers=0))
     try:
-        for iteration, (images, labels, files) in enumerate(stop.until(loader), start):
-            done = iteration + 1
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(iteration, train)
-            images = images.to(device, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
+        if owed:
+            best, owed = score(done, best), False
+            stopping = agree(bool(stop.name))
+        while done < train.iterations and not stopping:
+            asked = time.perf_counter()
+            images, labels, files = next(feed)
+            waited += time.perf_counter() - asked
             if train.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(done, train)
+            seed_iteration(train.seed, done, world.rank)
 
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=train.amp):
-                out = loss_of(images, labels)
-            out["loss"].backward()
-            optimizer.step()
+            out = backward(loss_of, images, labels, train)
+            skips.append(guarded_step(optimizer, model))
 
-            losses.append(out["loss"].detach())
+            done += 1
             batches.append((done, files))
             bar.update()
-            stopping = bool(stop.name)
+            stopping = agree(bool(stop.name))
             evaluates = done % train.eval_every == 0 or done == train.iterations
             saves = stopping or evaluates or done % train.checkpoint_every == 0
             if not (saves or done % train.log_every == 0):
                 continue
 
-            check_finite(losses, batches)
-            values = {name: value.item() for name, value in out.items()}
-            values["lr"] = learning_rate(iteration, train)
-            values["images_per_second"] = len(losses) * len(images) / (time.perf_counter() - since)
+            skipped = report_skipped(skips, batches, skipped, train.max_skipped)
+            values = dict(zip(out, mean(torch.stack([*out.values()])).tolist(), strict=True))
+            seconds = time.perf_counter() - since
+            values["lr"] = learning_rate(done - 1, train)
+            values["images_per_second"] = len(skips) * train.batch_size / seconds
+            values["data_wait"] = waited / seconds
             values["peak_memory_gb"] = peak_memory(device)[0] * 2**20 / 1e9
-            record.write(done, values)
+            values["skipped"] = skipped
+            if record is not None:
+                record.write(done, values)
             bar.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['acc_coarse']:.1f}%")
             if bar.disable:
-                print(f"iteration {done}/{train.iterations}: loss {values['loss']:.3f}", flush=True)
-            if saves:  # before the evaluation, which may take long or fail
-                save(last, model, optimizer, config, done, best)
+                say(f"iteration {done}/{train.iterations}: loss {values['loss']:.3f}")
+            if saves and record is not None:  # before the evaluation, which may take long or fail
+                save(run_dir, model, optimizer, config, done, best, skipped)
+            owed = evaluates and stopping
             if evaluates and not stopping:
-                scores = evaluate(model, eval_set, config, record, done)
-                record.write(done, scores)
-                line = "{miou:.2f} mIoU, {boundary_iou:.2f} Boundary IoU".format(**scores)
-                bar.write(f"iteration {done}: {line}")
-                if scores["miou"] > best:
-                    best = scores["miou"]
-                    for path in (run_dir / "best.pth", last):
-                        save(path, model, optimizer, config, done, best)
-            if stop.name and saves:
-                break
-            since, losses, batches = time.perf_counter(), [], []
-        if done < train.iterations and not saves:  # the loader ended early
-            save(last, model, optimizer, config, done, best)
-        if stop.name:
-            bar.write(f"{stop.name} after iteration {done}; resume=auto goes on from {last}")
-            return 128 + stop.number
-        bar.write(f"done: {last}; best.pth has {best:.2f} mIoU")
+                best = score(done, best)
+                stopping = agree(bool(stop.name))
+            since, waited, skips, batches = time.perf_counter(), 0.0, [], []
+        if record is not None:
+            write_report(run_dir)
+        number = max(gather(stop.number))
+        if number and (owed or done < train.iterations):
+            name = signal.Signals(number).name
+            say(f"{name} after iteration {done}; resume=auto goes on from {last}")
+            return 128 + number
+        say(f"done: {last}; best.pth has {best:.2f} mIoU")
     finally:
         bar.close()
-        record.board.close()
         stop.release()
+        if record is not None:
+            with contextlib.suppress(OSError):  # it would hide the error that ended the run
+                record.board.close()
     return 0
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(errors.record(main)())  # so that torchrun can say whose error came first
     except KeyboardInterrupt:
         sys.exit("interrupted: resume=auto goes on from the last checkpoint, if there is one")
     except torch.OutOfMemoryError as error:

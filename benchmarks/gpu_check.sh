@@ -6,8 +6,9 @@
 # Leaves in OUT: log.txt, results.json, results.csv, speedups.png, tuned.json (which configurations
 # were chosen). A part that fails does not stop the others; the exit status tells how many did.
 # In the environment: PYTHON, DEVICE=cpu and QUICK=1 (tries the script itself), POINTREND_COMMIT (the
-# commit, where the code is a copy without git), PARTS (of "tests sanitize bench"), and the seconds
-# TEST_LIMIT, SANITIZE_LIMIT and BENCH_LIMIT.
+# commit, where the code is a copy without git), PARTS (of "tests sanitize tune bench"; without
+# "tune", what is timed is tuned on first use), and the seconds TEST_LIMIT, SANITIZE_LIMIT, TUNE_LIMIT
+# and BENCH_LIMIT.
 set -uo pipefail
 
 out=${1:?usage: bash benchmarks/gpu_check.sh OUT}
@@ -20,6 +21,7 @@ parts=${PARTS:-tests sanitize bench}
 # seconds: two, two and seven of them, so that the whole stays under eight minutes
 test_limit=${TEST_LIMIT:-80}
 sanitize_limit=${SANITIZE_LIMIT:-40}
+tune_limit=${TUNE_LIMIT:-240}
 bench_limit=${BENCH_LIMIT:-30}
 benches=(refine point_head training_branch point_sample select uncertainty decode)
 
@@ -70,6 +72,10 @@ if [[ $parts == *sanitize* ]]; then
     fi
 fi
 
+if [[ $parts == *tune* ]]; then
+    part "tune" "$tune_limit" "$python" -m pointrend_triton.tune --dtype bf16
+fi
+
 if [[ $parts == *bench* ]]; then
     for bench in "${benches[@]}"; do
         # after two thirds of its time a bench begins nothing new, then it prints its table
@@ -79,10 +85,10 @@ if [[ $parts == *bench* ]]; then
     done
     part "results" 60 "$python" -m benchmarks.record "$work/results" --out "$out/results"
     part "plot" 60 "$python" -m benchmarks.plot "$out/results.json" --out "$out/speedups.png"
-    # one GPU and one state of the kernels: one table
-    cp "$POINTREND_CACHE"/*.json "$out/tuned.json" 2>/dev/null ||
-        echo "tuned.json: nothing was tuned" | tee -a "$log"
 fi
+# one GPU and one state of the kernels: one table
+cp "$POINTREND_CACHE"/*.json "$out/tuned.json" 2>/dev/null ||
+    echo "tuned.json: nothing was tuned" | tee -a "$log"
 
 echo "$failed part(s) failed; all output is in $log"
 exit $((failed > 0))

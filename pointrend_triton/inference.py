@@ -28,6 +28,7 @@ from pointrend_triton.data import TestTransform, multi_scale_sizes
 from pointrend_triton.metrics import SegmentationMetrics
 
 if TYPE_CHECKING:
+    from pointrend_triton.distributed import World
     from pointrend_triton.models.pointrend import PointRend
 
 Image = npt.NDArray[np.uint8]
@@ -153,6 +154,7 @@ def evaluate_dataset(
     workers: int = 2,
     progress: bool = True,
     on_prediction: Callable[[int, Image], None] | None = None,
+    world: World | None = None,
 ) -> SegmentationMetrics:
     """The metrics of a model on a data set, every image judged at its own size.
 
@@ -169,6 +171,8 @@ def evaluate_dataset(
         workers: threads that load and score while the model runs.
         progress: show a progress bar, if standard error is a terminal.
         on_prediction: called in order with each image's index and labels [H,W].
+        world: share the images out over its ranks, which must all call this; each predicts its own
+            and gets the metrics of all.
 
     Raises ValueError for a `limit` below 1 and where there is no image to evaluate.
     """
@@ -177,6 +181,9 @@ def evaluate_dataset(
     chosen = list(range(len(dataset)) if indices is None else indices)[:limit]
     if not chosen:
         raise ValueError("there is no image to evaluate")
+    if world is not None:
+        chosen = chosen[world.rank :: world.size]
+        progress = progress and world.is_main
     num_classes = max(2, model.config.num_classes)
     metrics = SegmentationMetrics(num_classes, boundary)
     scoring: deque[Future[SegmentationMetrics]] = deque()
@@ -211,6 +218,8 @@ def evaluate_dataset(
             bar.update()
         for counts in scoring:
             metrics.merge(counts.result())
+    if world is not None:
+        metrics.all_reduce()
     return metrics
 
 
@@ -232,7 +241,10 @@ def example_picture(
     )
     steps = trace["points"]
     coords = steps[-1][0].float().cpu().numpy() if len(steps) else np.zeros((0, 2))
-    return visualize.example_panel(image[..., ::-1], label, coarse, refined, coords, palette)
+    uncertainty = reference.score(trace["coarse"].float())[0, 0].cpu().numpy()
+    return visualize.example_panel(
+        image[..., ::-1], label, coarse, refined, coords, uncertainty, palette
+    )
 
 
 def measure_speed(

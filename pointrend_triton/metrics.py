@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 
 IGNORE = 255
 BAND_WIDTHS = (1, 3, 5)
@@ -44,7 +45,7 @@ class Scores(TypedDict):
 
 
 class SegmentationMetrics:
-    """Counts over a data set; `update` per image, `merge` across processes, `compute` at the end.
+    """Counts over a data set: `update` per image, `merge` with others, `compute` at the end.
 
     `boundary=False` leaves out Boundary IoU and the band mIoU, whose scores are then NaN. A model
     with one logit is measured over two classes, 0 and 1.
@@ -90,6 +91,26 @@ class SegmentationMetrics:
         self.boundary_union += other.boundary_union
         for width, counts in other.band_confusion.items():
             self.band_confusion[width] += counts
+
+    def all_reduce(self) -> None:
+        """Give every rank the sums over all ranks, which must all call it; nothing without a group.
+
+        Counts stay whole numbers, so it is as if one process had counted.
+        """
+        if not dist.is_initialized():
+            return
+        counts = [
+            self.confusion,
+            self.boundary_intersection,
+            self.boundary_union,
+            *self.band_confusion.values(),
+        ]
+        sums = np.concatenate([[self.images], *(array.ravel() for array in counts)])
+        dist.all_reduce(torch.from_numpy(sums))  # in place
+        self.images = int(sums[0])
+        ends = np.cumsum([array.size for array in counts])
+        for array, total in zip(counts, np.split(sums[1:], ends[:-1]), strict=True):
+            array[...] = total.reshape(array.shape)
 
     def compute(self) -> Scores:
         """The scores of everything counted so far."""

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import csv
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+from torch.distributed import is_torchelastic_launched
 from torch.utils.tensorboard import SummaryWriter
 
 T = TypeVar("T")
 
 COLUMNS = (
     *("iteration", "lr", "loss", "loss_coarse", "loss_point", "acc_coarse", "acc_point"),
-    *("images_per_second", "peak_memory_gb", "miou", "boundary_iou"),
+    *("images_per_second", "data_wait", "peak_memory_gb", "skipped", "miou", "boundary_iou"),
 )
 
 
@@ -24,12 +28,7 @@ class Record:
 
     def __init__(self, run_dir: Path, start: int):
         self.path = run_dir / "metrics.csv"
-        rows = []
-        if start > 0 and self.path.exists():
-            with self.path.open(newline="") as file:
-                # a row that a kill cut short lacks its last column
-                whole = [row for row in csv.DictReader(file) if row[COLUMNS[-1]] is not None]
-                rows = [row for row in whole if int(row["iteration"]) <= start]
+        rows = [row for row in whole_rows(self.path) if int(row["iteration"]) <= start]
         partial = self.path.with_suffix(".csv.partial")
         with partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -39,16 +38,44 @@ class Record:
         self.board = SummaryWriter(str(run_dir), purge_step=start + 1)
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerow({"iteration": iteration, **values})
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, COLUMNS).writerow({"iteration": iteration, **values})
+        except OSError as error:  # of a full disk, which does not name the file
+            raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
         for name, value in values.items():
             # TensorBoard groups by what stands before a slash
             tag = name.replace("_", "/", 1) if name.startswith(("loss_", "acc_")) else name
             self.board.add_scalar(tag, value, iteration)
 
+    def picture(self, tag: str, picture: npt.NDArray[np.uint8], iteration: int) -> None:
+        """A picture, RGB [H,W,3], for TensorBoard."""
+        self.board.add_image(tag, picture, iteration, dataformats="HWC")
+
+    def text(self, tag: str, text: str, iteration: int) -> None:
+        """Text for TensorBoard, shown as it is."""
+        self.board.add_text(tag, textwrap.indent(text, "    "), iteration)
+
+
+def whole_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; one that a kill or a full disk cut short is left out."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(line for line in file if line.endswith("\n")))
+
+
+def is_scored(run_dir: Path, iteration: int) -> bool:
+    """Whether metrics.csv has the scores of an evaluation after that iteration."""
+    rows = whole_rows(run_dir / "metrics.csv")
+    return any(row["iteration"] == str(iteration) and row["miou"] for row in rows)
+
 
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into a flag; the second one acts as usual.
+
+    Under torchrun the second one changes nothing: there, a signal to the whole process group comes
+    twice, once from torchrun, which kills after 30 seconds.
 
     A scheduler signals the loader's worker processes too. From then on, their end no longer raises
     in the midst of a training step, as PyTorch's handler has it, but where the next batch is due.
@@ -61,17 +88,33 @@ class StopRequest:
         }
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.name:
+            return
         self.name, self.number = signal.Signals(number).name, number
-        self.release()
+        if not is_torchelastic_launched():
+            self.release()
         self.usual[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
 
-    def until(self, loader: Iterable[T]) -> Iterator[T]:
-        """The loader's batches; they end where its workers died of the signal too."""
-        try:
-            yield from loader
-        except RuntimeError:
-            if not self.name:
-                raise
+    def until(self, loader: Iterable[T], instead: Callable[[int], Iterable[T]]) -> Iterator[T]:
+        """The loader's batches; where its workers died of the signal too, those of `instead`.
+
+        It is given the number of batches that came before, and makes what is still due without
+        workers: the other processes of a distributed run may be waiting for this one's part.
+        """
+        count = 0
+        batches = iter(loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError):  # the last two midway through a batch
+                if not self.name:
+                    raise
+                yield from instead(count)
+                return
+            yield batch
+            count += 1
 
     def release(self) -> None:
         for number, handler in self.usual.items():

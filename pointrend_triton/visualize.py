@@ -137,12 +137,14 @@ def example_panel(
     coarse: ClassMap,
     refined: ClassMap,
     coords: npt.NDArray[np.floating],
+    uncertainty: npt.NDArray[np.floating],
     palette: Image,
 ) -> Image:
     """One image's story in two rows: what was asked and answered; which points, which errors.
 
     image [H,W,3]; truth, coarse, refined [H,W]; coords [k,2] (x, y) in 0..1, the points that were
-    computed again; palette [C,3]. Small images are enlarged pixel by pixel, large ones shrunk.
+    computed again; uncertainty [h,w] of any size, of the coarse logits; palette [C,3]. Small images
+    are enlarged pixel by pixel, large ones shrunk.
     """
     for name, classes in {"truth": truth, "coarse": coarse, "refined": refined}.items():
         _check_same_size(name, classes, image)
@@ -152,13 +154,14 @@ def example_panel(
         size = max(1, round(height * MAX_TILE_WIDTH / width)), MAX_TILE_WIDTH
         image = np.asarray(cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA), np.uint8)
         truth, coarse, refined = (_nearest(classes, size) for classes in (truth, coarse, refined))
+    heat = cv2.resize(uncertainty_heatmap(uncertainty), image.shape[1::-1])
     tiles = {
         "image": image,
         "truth": colorize(truth, palette),
         "coarse": colorize(coarse, palette),
         "refined": colorize(refined, palette),
+        "coarse uncertainty": np.asarray(heat, np.uint8),
         "refined points": draw_points(image // 2, coords),
-        "refined, laid over": overlay(image, refined, palette),
         "coarse errors": error_map(coarse, truth, image),
         "refined errors": error_map(refined, truth, image),
     }

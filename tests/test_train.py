@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import math
 import os
 import signal
 import subprocess
@@ -37,7 +38,7 @@ TINY = {
     },
 }
 # what may differ between two runs of the same trajectory
-CLOCKS = {"images_per_second", "peak_memory_gb"}
+CLOCKS = {"images_per_second", "data_wait", "peak_memory_gb"}
 
 
 @pytest.fixture
@@ -92,7 +93,8 @@ def test_a_run_writes_what_it_promises(tiny, tmp_path):
     assert list(run_dir.glob("events.out.tfevents.*"))
     assert (run_dir / "best.pth").exists()
     leftovers = {p.name for p in run_dir.iterdir()} - {
-        *("config.yaml", "environment.json", "metrics.csv", "last.pth", "best.pth"),
+        *("config.yaml", "environment.json", "metrics.csv", "last.pth", "best.pth", "last-1.pth"),
+        *("report.md", "curves.png"),
         *(p.name for p in run_dir.glob("events.*")),
     }
     assert not leftovers
@@ -211,12 +213,84 @@ def test_a_finished_run_has_nothing_to_resume(tiny, tmp_path, capsys):
     assert (tmp_path / "run" / "last.pth").stat().st_mtime_ns == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
+DIVERGING = ("lr=1e20", "warmup_iterations=0", "checkpoint_every=100", "eval_every=100")
+
+
+def test_gradients_that_are_not_finite_stop_the_run(tiny, tmp_path):
     # one log line over all iterations: the first bad one is found, not the last
-    overrides = ("lr=1e20", "warmup_iterations=0", "log_every=100", "checkpoint_every=100")
-    with pytest.raises(FloatingPointError, match=r"at iteration [2-4];.*shapes:train:\d+, shapes:"):
-        run(tiny, tmp_path / "run", *overrides, "eval_every=100")
+    with pytest.raises(
+        FloatingPointError,
+        match=r"not finite at iteration [2-4] .*shapes:train:\d+, shapes:.*max_skipped 2",
+    ):
+        run(tiny, tmp_path / "run", *DIVERGING, "max_skipped=2", "log_every=100")
     assert not (tmp_path / "run" / "last.pth").exists()
+
+
+def test_what_is_not_finite_is_never_saved(tiny, tmp_path):
+    run(tiny, tmp_path / "run", "iterations=4")
+    good = (tmp_path / "run" / "last.pth").read_bytes()
+    broken = build_model(tiny)
+    broken.backbone.stem[1].running_var[0] = math.nan
+    config = load_config(tiny, [f"run_dir={tmp_path / 'run'}"])
+    optimizer = train.make_optimizer(broken, config.train)
+    with pytest.raises(FloatingPointError, match=r"backbone.stem.1.running_var is not finite"):
+        train.save(tmp_path / "run", broken, optimizer, config, 5, 0.0)
+    assert (tmp_path / "run" / "last.pth").read_bytes() == good
+
+
+def test_a_step_whose_gradients_are_not_finite_is_skipped(tiny, tmp_path, monkeypatch, capsys):
+    original, calls = train.backward, []
+
+    def overflow_in_the_first_and_third(loss_of, *args):
+        out = original(loss_of, *args)
+        calls.append(None)
+        if len(calls) in (1, 3):
+            next(loss_of.parameters()).grad[0] = math.inf
+        return out
+
+    seen = []
+    step = train.guarded_step
+
+    def watched(optimizer, model):
+        before = [p.detach().clone() for p in model.parameters()]
+        flag = step(optimizer, model)
+        moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        seen.append((bool(flag), moved))
+        return flag
+
+    monkeypatch.setattr(train, "backward", overflow_in_the_first_and_third)
+    monkeypatch.setattr(train, "guarded_step", watched)
+    written = run(tiny, tmp_path / "run", "iterations=4")
+    assert seen == [(True, False), (False, True), (True, False), (False, True)]
+    assert [row["skipped"] for row in written if row["skipped"]] == ["1", "1", "2", "2"]
+    assert "at iteration 3 (the batch's files: shapes:train:" in capsys.readouterr().err
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+
+
+def test_older_checkpoints_are_kept(tiny, tmp_path):
+    run(tiny, tmp_path / "run", "keep_checkpoints=3", "eval_every=8", "checkpoint_every=2")
+    at = {
+        path.name: torch.load(path, weights_only=True)["meta"]["iteration"]
+        for path in (tmp_path / "run").glob("*.pth")
+    }
+    assert at == {"last.pth": 8, "last-1.pth": 6, "last-2.pth": 4, "best.pth": 8}
+
+
+def test_accumulated_parts_are_the_whole_batch(tiny, tmp_path, monkeypatch):
+    """With frozen statistics: the mean of the parts' gradients is that of the batch."""
+    frozen = functools.partialmethod(torch.nn.Module.train, False)
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "train", lambda self, mode=True: self.eval())
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "eval", frozen)
+    overrides = ("iterations=1", "warmup_iterations=0", "batch_size=4", "model.point_head=null")
+    run(tiny, tmp_path / "whole", *overrides)
+    run(tiny, tmp_path / "parts", *overrides, "accumulate=2")
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "parts")[name], tensor, msg=name)
+
+
+def test_batches_divide(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="train.batch_size 2 must be divisible by .* 3"):
+        run(tiny, tmp_path / "run", "accumulate=3")
 
 
 @pytest.fixture
@@ -282,7 +356,7 @@ def test_workers_that_died(tiny, tmp_path, monkeypatch, signalled):
         return
     assert train.main(command) == 128 + signal.SIGTERM
     saved = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
-    assert saved["meta"]["iteration"] == 2
+    assert saved["meta"]["iteration"] == 3, "the batch that was due is made without workers"
 
 
 @pytest.mark.slow

@@ -113,12 +113,15 @@ def test_panel_starts_a_new_row_after_its_columns():
     assert (picture[-20:, :30] == 30).all() and (picture[-20:, 30:] == 255).all()
 
 
+DOUBT = np.array([[-3.0, -1.0], [-2.0, -3.0]])
+
+
 def test_example_panel_enlarges_small_images():
     truth = np.zeros((50, 128), np.uint8)
     truth[:, 64:] = 1
     coarse = np.roll(truth, 2, 1)
     coords = np.array([[0.5, 0.5]])
-    picture = visualize.example_panel(grey(50, 128), truth, coarse, truth, coords, PALETTE)
+    picture = visualize.example_panel(grey(50, 128), truth, coarse, truth, coords, DOUBT, PALETTE)
     down, right = visualize.TITLE_HEIGHT + 150 + visualize.GAP, 128 * 3 + visualize.GAP
     assert picture.shape == (2 * down - visualize.GAP, 4 * right - visualize.GAP, 3)
 
@@ -130,12 +133,13 @@ def test_example_panel_enlarges_small_images():
     assert (tile(0, 1)[::3, ::3] == visualize.colorize(truth, PALETTE)).all()
     assert (tile(0, 2)[::3, ::3] == visualize.colorize(coarse, PALETTE)).all()
     assert (tile(0, 3)[::3, ::3] == visualize.colorize(truth, PALETTE)).all()
-    assert (tile(1, 0) == visualize.YELLOW).all(2).sum() == 9
-    assert (tile(1, 1)[0, 0] == np.rint((100 + PALETTE[0]) / 2)).all()
+    corners = tile(1, 0)[::149, ::383]
+    assert (corners == visualize.uncertainty_heatmap(DOUBT)).all()
+    assert (tile(1, 1) == visualize.YELLOW).all(2).sum() == 9
     assert (tile(1, 2) == visualize.RED).all(2).sum() == 9 * 4 * 50
     assert not (tile(1, 3) == visualize.RED).all(2).any()
     with pytest.raises(ValueError, match="coarse"):
-        visualize.example_panel(grey(50, 128), truth, coarse[:9], truth, coords, PALETTE)
+        visualize.example_panel(grey(50, 128), truth, coarse[:9], truth, coords, DOUBT, PALETTE)
 
 
 def test_example_panel_shrinks_large_images():
@@ -145,7 +149,8 @@ def test_example_panel_shrinks_large_images():
     refined[:, :4] = 255
     image = np.random.default_rng(0).integers(0, 256, (1024, 2048, 3), np.uint8)
     coords = (np.array([[0, 0], [3, 5], [511, 255]]) + 0.5) / (512, 256)
-    picture = visualize.example_panel(image[..., ::-1], truth, coarse, refined, coords, PALETTE)
+    arguments = (truth, coarse, refined, coords, DOUBT, PALETTE)
+    picture = visualize.example_panel(image[..., ::-1], *arguments)
     down, right = visualize.TITLE_HEIGHT + 256 + visualize.GAP, 512 + visualize.GAP
     assert picture.shape == (2 * down - visualize.GAP, 4 * right - visualize.GAP, 3)
 
@@ -157,7 +162,7 @@ def test_example_panel_shrinks_large_images():
     assert np.abs(tile(0, 0) - means).max() <= 0.5
     assert (tile(0, 1) == visualize.colorize(truth[::4, ::4], PALETTE)).all()
     assert (tile(0, 2) == visualize.colorize(coarse[::4, ::4], PALETTE)).all()
-    points = np.argwhere((tile(1, 0) == visualize.YELLOW).all(2)).tolist()
+    points = np.argwhere((tile(1, 1) == visualize.YELLOW).all(2)).tolist()
     assert points == [[0, 0], [5, 3], [255, 511]]
     assert (tile(1, 2) == visualize.RED).all()
     assert (tile(1, 3) == visualize.RED).all(2).sum() == 256
@@ -166,7 +171,8 @@ def test_example_panel_shrinks_large_images():
 @pytest.mark.parametrize(("width", "shown"), [(319, 638), (320, 320), (512, 512), (513, 512)])
 def test_example_panel_tile_widths(width, shown):
     label = np.zeros((1, width), np.uint8)
-    panel = visualize.example_panel(grey(1, width), label, label, label, np.zeros((0, 2)), PALETTE)
+    arguments = (label, label, label, np.zeros((0, 2)), DOUBT, PALETTE)
+    panel = visualize.example_panel(grey(1, width), *arguments)
     assert panel.shape[1] == 4 * shown + 3 * visualize.GAP
 
 

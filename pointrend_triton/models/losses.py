@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +18,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, average: str) -> Tensor:
         labels: int64 [N, ...], 255 ignored.
         average: "all" divides by the number of all pixels (mmsegmentation), "valid" by that of the
             pixels not ignored (detectron2; zero where there is none).
+
+    In a process group the mean of this over ranks, and so of its gradients, is that of the joined
+    batch: under "all" if every rank has as many pixels, under "valid" always, and there every rank
+    has to call it.
     """
     valid = labels != IGNORE
     if logits.shape[1] == 1:
@@ -25,8 +30,17 @@ def cross_entropy(logits: Tensor, labels: Tensor, average: str) -> Tensor:
         losses = losses.masked_fill(~valid, 0)
     else:
         losses = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
-    count = labels.numel() if average == "all" else valid.sum().clamp(min=1)
+    count = labels.numel() if average == "all" else _valid_per_rank(valid)
     return losses.sum() / count
+
+
+def _valid_per_rank(valid: Tensor) -> Tensor:
+    """The number of true elements, at least 1; in a process group the mean of it over ranks."""
+    count = valid.sum()
+    if not dist.is_initialized():
+        return count.clamp(min=1)
+    dist.all_reduce(count)
+    return count.clamp(min=1) / dist.get_world_size()
 
 
 @torch.no_grad()
