@@ -41,7 +41,7 @@ help:
 demo: $(READY)
 	$(PY) $(DEMO_TRAIN)
 	$(PY) $(DEMO_EVALUATE)
-	@echo "Pictures: runs/demo/pictures (image, truth, coarse, refined, the refined points, errors)"
+	@echo "Pictures: runs/demo/pictures (image, truth, coarse, refined, uncertainty, the refined points, errors)"
 
 test: $(READY)
 	@mkdir -p .cache

@@ -30,6 +30,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Tensors are named by their argument: by their values, no two processes would agree."""
+    return argname if isinstance(val, torch.Tensor) else None
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     random.seed(0)
