@@ -208,7 +208,11 @@ def strided_maps():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("name", "input"), list(strided_maps()), ids=lambda value: str(value)[:14])
+@pytest.mark.parametrize(
+    ("name", "input"),
+    list(strided_maps()),
+    ids=lambda value: value if isinstance(value, str) else "input",
+)
 def test_any_strides(name, input, mode):
     coords = torch.rand(2, 20, 2) * 1.2 - 0.1
     assert not input.is_contiguous(), name
