@@ -19,7 +19,6 @@ first call avoids even that. Kernels are not tuned again for it.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from collections.abc import Sequence
 from types import TracebackType
@@ -31,9 +30,11 @@ from torch import Tensor
 from pointrend_triton import reference
 from pointrend_triton.reference import Uncertainty
 
-# without Triton, as on macOS, the reference computes
-library: Any = None
-if importlib.util.find_spec("triton") is not None:
+try:
+    importlib.import_module("triton")
+except ImportError:
+    library: Any = None  # as on macOS: the reference computes
+else:
     library = importlib.import_module("pointrend_triton.library")
 
 UNCERTAINTIES = ("top2_margin", "neg_abs")
