@@ -45,7 +45,7 @@ from pointrend_triton.environment import environment
 from pointrend_triton.inference import evaluate_dataset, example_picture, peak_memory
 from pointrend_triton.models import PointRend, build_model
 from pointrend_triton.report import to_json
-from pointrend_triton.run import Record, StopRequest, is_scored
+from pointrend_triton.run import Record, StopRequest, check, is_scored
 from pointrend_triton.snapshot import restore, save, seed_iteration, tidy
 from pointrend_triton.training_report import write_report
 from pointrend_triton.visualize import write_atomic
@@ -235,11 +235,7 @@ def run(config: Config, name: str, world: World) -> int:
             tqdm.write(text)
             sys.stdout.flush()
 
-    if train.batch_size % (world.size * train.accumulate):
-        raise ValueError(
-            f"train.batch_size {train.batch_size} must be divisible by the number of processes "
-            f"{world.size} times train.accumulate {train.accumulate}"
-        )
+    check(train, device, world.size)
     torch.manual_seed(train.seed)
 
     train_set = build_dataset(data, data.train_split)

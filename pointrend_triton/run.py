@@ -12,8 +12,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch.distributed import is_torchelastic_launched
 from torch.utils.tensorboard import SummaryWriter
+
+from pointrend_triton.config import TrainConfig
 
 T = TypeVar("T")
 
@@ -21,6 +24,21 @@ COLUMNS = (
     *("iteration", "lr", "loss", "loss_coarse", "loss_point", "acc_coarse", "acc_point"),
     *("images_per_second", "data_wait", "peak_memory_gb", "skipped", "miou", "boundary_iou"),
 )
+
+
+def check(train: TrainConfig, device: torch.device, processes: int) -> None:
+    """ValueError for settings that this device and number of processes cannot run rightly."""
+    if train.batch_size % (processes * train.accumulate):
+        raise ValueError(
+            f"train.batch_size {train.batch_size} must be divisible by the number of processes "
+            f"{processes} times train.accumulate {train.accumulate}"
+        )
+    if train.amp and train.compile and device.type == "cpu":
+        # seen with PyTorch 2.13: the loss is right, the gradients of the coarse head are zero
+        raise ValueError(
+            "train.amp with train.compile needs a GPU: on a CPU PyTorch's compiler gives wrong "
+            "gradients in bfloat16; leave out one of them"
+        )
 
 
 class Record:

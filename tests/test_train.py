@@ -397,13 +397,14 @@ def test_a_compiled_model_trains(tiny, tmp_path, monkeypatch):
         ("model.num_classes=5", ValueError, "data set has 8 classes"),
         ("model.pretrained=nowhere/resnet18.pth", FileNotFoundError, "nowhere"),
         ("device=cuda:99", ValueError, "cuda:99"),
+        ("amp=true compile=true", ValueError, "train.amp with train.compile needs a GPU"),
     ],
 )
 def test_errors_name_what_is_wrong(tiny, tmp_path, override, error, message):
     if "cuda" in override and torch.cuda.is_available():
         pytest.skip("a CUDA GPU is present: this is about machines without one")
     with pytest.raises(error, match=message):
-        run(tiny, tmp_path / "run", override)
+        run(tiny, tmp_path / "run", *override.split())
     assert not (tmp_path / "run").exists()
 
 
