@@ -7,7 +7,6 @@ An operator is opaque to `torch.compile`, so kernels keep their tuned configurat
 # no "from __future__ import annotations": operators take their schema from the annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,7 +184,14 @@ def point_head(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Logits, and what the backward pass reads (empty unless `save`)."""
-    packed = _pack(fine_map, coarse_map, weights, biases, coarse_each_layer, dtype)
+    packed = head_kernels.pack(
+        weights,
+        biases,
+        fine_channels=fine_map.shape[1],
+        classes=coarse_map.shape[1],
+        coarse_each_layer=coarse_each_layer,
+        dtype=dtype,
+    )
     return head_kernels.forward(
         fine_map, coarse_map, coords, packed, save=save, precision=_precision(dtype)
     )
@@ -403,27 +409,10 @@ def _(
     return coarse.new_empty(n, c, *grid)
 
 
-def _pack(
-    fine_map: Tensor,
-    coarse_map: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    coarse_each_layer: bool,
-    dtype: torch.dtype,
-) -> Any:
-    return head_kernels.pack(
-        weights,
-        biases,
-        fine_channels=fine_map.shape[1],
-        classes=coarse_map.shape[1],
-        coarse_each_layer=coarse_each_layer,
-        dtype=dtype,
-    )
-
-
 def _precision(dtype: torch.dtype) -> str:
     """How fp32 is multiplied: as torch multiplies matrices."""
-    is_tf32 = torch.backends.cuda.matmul.allow_tf32
+    # not allow_tf32, which raises where the setting was made by this name
+    is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if dtype == torch.float32 and is_tf32 else "ieee"
 
 

@@ -1,6 +1,9 @@
 """The kernels as PyTorch operators: contracts, compilers, autocast, export, choice of backend."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from pointrend_triton import library, ops, reference
 
+ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -227,6 +231,20 @@ def test_autocast_computes_in_its_type(dtype):
     for mine, plain, truth in zip(ours, theirs, exact, strict=True):
         assert mine.dtype == plain.dtype
         assert_within(mine, plain, truth)
+
+
+@pytest.mark.parametrize("setting", ["allow_tf32 = True", "fp32_precision = 'tf32'"])
+def test_fp32_is_multiplied_as_torch_multiplies_it(setting):
+    """By either of torch's names for the setting; in a process of its own, which they change."""
+    code = f"""
+import torch
+from pointrend_triton import library
+print(library._precision(torch.float32))
+torch.backends.cuda.matmul.{setting}
+print(library._precision(torch.float32), library._precision(torch.bfloat16))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["ieee", "tf32", "ieee"], done.stderr
 
 
 @pytest.fixture
