@@ -60,16 +60,22 @@ class PointHead(nn.Module):
         output: str,
         image_size: tuple[int, int],
         size: tuple[int, int] | None = None,
+        *,
+        steps: int | None = None,
+        num_points: int | None = None,
     ) -> Tensor:
-        """The adaptive subdivision of `ops.refine` with this head's parameters and settings."""
+        """The adaptive subdivision of `ops.refine` with this head's parameters.
+
+        `steps` and `num_points` are by default as configured.
+        """
         weights, biases = self.layers()
         return ops.refine(
             coarse,
             fine_map,
             weights,
             biases,
-            steps=self.config.subdivision_steps,
-            num_points=self.config.subdivision_num_points,
+            steps=self.config.subdivision_steps if steps is None else steps,
+            num_points=self.config.subdivision_num_points if num_points is None else num_points,
             coarse_each_layer=self.config.coarse_each_layer,
             output=output,
             image_size=image_size,

@@ -55,12 +55,20 @@ class PointRend(nn.Module):
         _check_images(images)
         return self.neck(self.backbone(images))
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        steps: int | None = None,
+        num_points: int | None = None,
+    ) -> Tensor | dict[str, Tensor]:
         """Training mode: losses of images and labels; evaluation mode: refined logits of images.
 
         Args:
             images: [B, 3, H, W].
             labels: int64 [B, H, W], 255 ignored; in training mode only.
+            steps, num_points: as in `predict`; in evaluation mode only.
 
         Returns:
             training: scalars "loss" (the total), "loss_coarse", "loss_point", and the accuracies in
@@ -71,46 +79,77 @@ class PointRend(nn.Module):
                 raise ValueError(
                     "labels are needed in training mode; call model.eval() for predictions"
                 )
+            if steps is not None or num_points is not None:
+                raise ValueError("steps and num_points are for evaluation mode only")
             return self._losses(images, labels)
         if labels is not None:
             raise ValueError("labels are for training mode only; call model.train() for losses")
-        pyramid = self.features(images)
-        return self._refine(pyramid, "logits", _size(images), None)
+        fine_map, coarse = self.maps(images)
+        return self.refine(
+            fine_map, coarse, "logits", _size(images), steps=steps, num_points=num_points
+        )
 
     def coarse(self, images: Tensor) -> Tensor:
         """The coarse logits [B, C, ceil(H / 4), ceil(W / 4)]."""
         return self.coarse_head(self.features(images))
 
+    def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the refinement reads: features [B, F, h, w] and coarse logits [B, C, h, w].
+
+        Both at stride 4: h = ceil(H / 4), w = ceil(W / 4).
+        """
+        pyramid = self.features(images)
+        return pyramid[0], self.coarse_head(pyramid)
+
     @torch.no_grad()
-    def predict(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    def predict(
+        self,
+        images: Tensor,
+        size: tuple[int, int] | None = None,
+        *,
+        steps: int | None = None,
+        num_points: int | None = None,
+    ) -> Tensor:
         """Class indices [B, h, w] at `size`, by default the input's.
 
         They are uint8 up to 256 classes, else int64; with one class, 1 where its logit is positive.
+        `Predictor` does the same faster.
+
+        Args:
+            images: [B, 3, H, W].
+            size: (height, width) of the result.
+            steps: of subdivision; 0 enlarges the coarse logits without refining them. By default
+                as configured.
+            num_points: how many cells each step computes again; by default as configured.
         """
-        return self._refine(self.features(images), "labels", _size(images), size)
+        fine_map, coarse = self.maps(images)
+        return self.refine(
+            fine_map, coarse, "labels", _size(images), size, steps=steps, num_points=num_points
+        )
 
     @torch.no_grad()
-    def refine_trace(self, images: Tensor) -> dict[str, Tensor | list[Tensor]]:
-        """What the refinement did, for pictures.
+    def refine_trace(
+        self, images: Tensor, *, steps: int | None = None, num_points: int | None = None
+    ) -> dict[str, Tensor | list[Tensor]]:
+        """What the refinement did, for pictures; `steps` and `num_points` as in `predict`.
 
         Returns:
             "coarse" [B, C, h, w], "refined" logits at the input size, and "points": for each step
             the coordinates [B, k, 2] of the cells that were computed again.
         """
-        pyramid = self.features(images)
-        coarse = self.coarse_head(pyramid)
+        fine_map, coarse = self.maps(images)
         refined, points = coarse, []
         if self.point_head is not None:
             weights, biases = self.point_head.layers()
             config = self.point_head.config
-            for _ in range(config.subdivision_steps):
+            for _ in range(config.subdivision_steps if steps is None else steps):
                 refined, coords = reference.refine_step(
                     refined,
                     coarse,
-                    pyramid[0],
+                    fine_map,
                     weights,
                     biases,
-                    num_points=config.subdivision_num_points,
+                    num_points=config.subdivision_num_points if num_points is None else num_points,
                     coarse_each_layer=config.coarse_each_layer,
                 )
                 points.append(coords)
@@ -120,19 +159,25 @@ class PointRend(nn.Module):
             "points": points,
         }
 
-    def _refine(
+    def refine(
         self,
-        pyramid: list[Tensor],
+        fine_map: Tensor,
+        coarse: Tensor,
         output: str,
         image_size: tuple[int, int],
-        size: tuple[int, int] | None,
+        size: tuple[int, int] | None = None,
+        *,
+        steps: int | None = None,
+        num_points: int | None = None,
     ) -> Tensor:
-        coarse = self.coarse_head(pyramid)
+        """`maps` -> refined logits or labels: see `ops.refine`. No point head: enlarged only."""
         if self.point_head is not None:
-            return self.point_head.refine(pyramid[0], coarse, output, image_size, size)
+            return self.point_head.refine(
+                fine_map, coarse, output, image_size, size, steps=steps, num_points=num_points
+            )
         if output == "labels":
             return ops.decode(coarse, image_size=image_size, size=size)
-        return reference.resample(coarse, image_size)
+        return reference.resample(reference.resample(coarse, image_size), size)
 
     def _losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         _check_images(images)
