@@ -4,6 +4,7 @@
     python evaluate.py cityscapes_r50 FILE.pth data.root=data/cityscapes --ms-flip --json cs.json
     python evaluate.py ade20k_r50 FILE.pth data.root=data/ade/ADEChallengeData2016 --both
     python evaluate.py shapes_r18 runs/demo/last.pth --both --pictures runs/demo/pictures
+    python evaluate.py shapes_r18 runs/demo/last.pth --both --report runs/demo/report
     python evaluate.py runs/mine/config.yaml runs/mine/last.pth --limit 200 --speed
     torchrun --nproc_per_node=4 evaluate.py cityscapes_r50 FILE.pth --ms-flip    # the same scores
 
@@ -23,10 +24,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -36,8 +39,9 @@ import torch
 from pointrend_triton.checkpoint import CheckpointError, from_checkpoint, read_checkpoint
 from pointrend_triton.config import Config, ConfigError, load_config
 from pointrend_triton.data import DataError, SegmentationDataset, build_dataset
-from pointrend_triton.distributed import World, joined
+from pointrend_triton.distributed import World, gather, joined
 from pointrend_triton.environment import environment
+from pointrend_triton.html_report import ImageScores, collect, write_report
 from pointrend_triton.inference import (
     WARMUP_IMAGES,
     Speed,
@@ -100,6 +104,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--pictures", metavar="DIR", type=Path, help="write pictures: truth, points, errors")
     add("--picture-count", metavar="N", type=positive, default=8, help="how many (default: 8)")
+    add(
+        "--report",
+        metavar="DIR",
+        type=Path,
+        help="write DIR/index.html: scores, confusions, the best and worst images; one page of 1 "
+        "to 10 MB that needs no other file and no network",
+    )
     add("--speed", action="store_true", help="also time 195 images (or N), single scale, after 5")
     add("--json", metavar="FILE", type=Path, help="write everything that was measured")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
@@ -116,33 +127,42 @@ def positive(text: str) -> int:
 def evaluate(args: argparse.Namespace, world: World) -> None:
     if args.json and args.json.is_dir():
         raise UsageError(f"--json {args.json} is a folder; it must name a file")
+    if args.report and args.report.exists() and not args.report.is_dir():
+        raise UsageError(f"--report {args.report} is a file; it must name a folder")
     config = load_config(args.config, args.overrides)
     split = args.split or config.data.eval_split
     scale = config.data.test_scale
     # pictures need no truth
     predicts_only = args.save is not None or args.pictures is not None
     dataset = build_dataset(config.data, split, labels_optional=predicts_only)
+    if args.report and not dataset.has_labels:
+        raise UsageError(f"--report needs labels; {config.data.dataset} {split} has none")
     chosen = choose_images(dataset, args.only, args.limit)
     model = load_model(args.checkpoint, config, dataset, args.both).to(world.device)
 
     only = "coarse" if args.coarse or model.point_head is None else "refined"
     methods = ["coarse", "refined"] if args.both else [only]
+    run = functools.partial(
+        evaluate_dataset,
+        model,
+        dataset,
+        scale,
+        multi_scale=args.ms_flip,
+        amp=args.amp,
+        workers=config.data.workers,
+    )
     metrics: dict[str, SegmentationMetrics] = {}
     speeds: dict[str, Speed] = {}
+    image_scores: dict[str, dict[int, float]] = {}
     for method in methods:
         folder = args.save / method if args.save and args.both else args.save
-        metrics[method] = evaluate_dataset(
-            model,
-            dataset,
-            scale,
-            coarse=method == "coarse",
-            multi_scale=args.ms_flip,
-            amp=args.amp,
-            indices=chosen,
-            workers=config.data.workers,
-            on_prediction=saver(dataset, folder) if folder else None,
-            world=world,
+        scorer = ImageScores(dataset)
+        uses = [saver(dataset, folder)] if folder else []
+        uses += [scorer] if args.report else []
+        metrics[method] = run(
+            coarse=method == "coarse", indices=chosen, on_prediction=each(uses), world=world
         )
+        image_scores[method] = dict(ChainMap(*gather(scorer.miou)))
         if args.speed and world.is_main:
             images = min(200, WARMUP_IMAGES + (args.limit or 200))
             speeds[method] = measure_speed(
@@ -162,12 +182,18 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
         for index in chosen[::every][: args.picture_count]:
             picture = example_picture(model, *dataset.load(index), scale, dataset.palette)
             save_png(args.pictures / f"{dataset.stem(index)}.png", picture)
+    if not (args.json or args.report):
+        return
+    record = facts(args, config, split, len(dataset), model, world.device)
+    record["results"] = {
+        method: result(dataset.classes, metrics[method], speeds.get(method)) for method in methods
+    }
+    if args.report:
+        examples = collect(model, dataset, scale, image_scores, functools.partial(predict, run))
+        confusions = {method: counted.confusion for method, counted in metrics.items()}
+        path = write_report(args.report, record, confusions, examples, dataset.palette)
+        print(f"\n{path}")
     if args.json:
-        record = facts(args, config, split, len(dataset), model, world.device)
-        record["results"] = {
-            method: result(dataset.classes, metrics[method], speeds.get(method))
-            for method in methods
-        }
         write_atomic(args.json, to_json(record))
 
 
@@ -203,6 +229,24 @@ def choose_images(dataset: SegmentationDataset, glob: str | None, limit: int | N
         example = f"; the first is {dataset.stem(0)}" if len(dataset) else ""
         raise UsageError(f"--only {glob!r} matches none of {len(dataset)} images{example}")
     return chosen[:limit]
+
+
+def each(calls: Sequence[Callable[[int, Any], None]]) -> Callable[[int, Any], None]:
+    """Calls every one of them."""
+
+    def call_all(index: int, prediction: Any) -> None:
+        for call in calls:
+            call(index, prediction)
+
+    return call_all
+
+
+def predict(run: Callable[..., Any], index: int, method: str) -> Any:
+    """The labels [H,W] of one image, as `run` evaluates it."""
+    kept: dict[int, Any] = {}
+    coarse = method == "coarse"
+    run(coarse=coarse, indices=[index], progress=False, on_prediction=kept.__setitem__)
+    return kept[index]
 
 
 def saver(dataset: SegmentationDataset, folder: Path) -> Any:
