@@ -4,26 +4,47 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pointrend_triton import ops
-from pointrend_triton.models.fpn import ConvModule
+from pointrend_triton import ops, reference
+from pointrend_triton.graphs import Graphs
 from pointrend_triton.models.pointrend import PointRend
+from pointrend_triton.padding import STRIDE, PaddedMaps, own_part, pad
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# PyTorch gives up after 8, and counts those of all predictors of a process together
+COMPILATIONS = 256
 
 
 class Predictor:
-    """A frozen copy of a model, prepared for inference.
+    """A frozen copy of a model, prepared for inference. To be called from one thread and stream.
 
     Args:
         model: stays as it is; the copy is in evaluation mode, on the same device.
         dtype: float32, bfloat16 or float16, of weights and activations; margins, interpolation and
-            the choice of points stay in fp32.
+            the choice of points stay in fp32. Autocast around a call changes nothing.
         fold: merge each BatchNorm into the convolution before it.
         channels_last: keep maps channels-last, which is what tensor cores and oneDNN read fastest.
-        compile: `torch.compile` the network and the refinement.
+        compile: `torch.compile` the network, whole; the refinement is kernels already. The first
+            size is compiled for itself, the second for any; without `bucket` some more follow, as
+            sizes that divide by 8, 16 or 32 or not, and squares, are compiled apart.
+        graphs: capture CUDA graphs, one for each size of input (and of result, and `steps` and so
+            on), whose first call takes several times as long; the least recently used of more than
+            `graphs.LIMIT` is dropped. Network, refinement and labels are one graph; with `bucket`
+            the network is, and what follows is launched for each size.
+        bucket: pad images to multiples of this, itself a multiple of 32, so that sizes are few. The
+            result is that of the unpadded network up to rounding.
+
+    Attributes:
+        device, dtype, bucket: where and how it computes.
+        model: the copy; with `bucket` not to be called by itself, as it expects padded images.
+
+    Raises ValueError for a dtype, a bucket or graphs that cannot be.
     """
 
     def __init__(
@@ -34,18 +55,31 @@ class Predictor:
         fold: bool = True,
         channels_last: bool = True,
         compile: bool = False,
+        graphs: bool = False,
+        bucket: int | None = None,
     ) -> None:
-        model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.device = next(model.parameters()).device
+        self.dtype = dtype
+        self.bucket = bucket
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._check(graphs)
+        model = copy.deepcopy(model).eval().requires_grad_(False).float()
         if fold:
             fold_batch_norm(model)
-        self.model: PointRend = model.to(dtype=dtype)
-        self.dtype = dtype
-        self.device = next(model.parameters()).device
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.model.to(memory_format=self.memory_format)
-        self._run = torch.compile(self._forward) if compile else self._forward
+        self.model = model.to(dtype)
+        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self._padded = PaddedMaps(self.model) if bucket else None
+        self._maps: Callable[..., Any] = self._padded.maps if self._padded else self.model.maps
+        if compile:
+            self._maps = _compiled(self._maps)
+        self._whole: Callable[..., Any] = self._compute
+        if graphs and bucket:
+            self._maps = Graphs(self._maps, self.device)
+        elif graphs:
+            whole = Graphs(self._compute, self.device)
+            # copied: the next call overwrites what a graph returns
+            self._whole = lambda *arguments: whole(*arguments).clone()
 
-    @torch.inference_mode()
     def __call__(
         self,
         images: Tensor,
@@ -55,36 +89,89 @@ class Predictor:
         num_points: int | None = None,
         refine: bool = True,
     ) -> Tensor:
-        """Normalised images [B, 3, H, W] on any device -> labels [B, h, w] on the predictor's.
+        """Normalised images on any device -> labels [B, h, w] on the predictor's.
+
+        Labels are uint8 up to 256 classes, else int64; with one class, 1 where its logit is
+        positive. The call does not wait for a GPU.
 
         Args:
-            images: float.
-            size, steps, num_points: as in `PointRend.predict`.
+            images: [B, 3, H, W], floating point; from pinned memory they are copied meanwhile.
+            size: (h, w) of the result, by default the input's.
+            steps, num_points: as in `PointRend.predict`.
             refine: False enlarges the coarse logits, as the same network without point head does.
-        """
-        images = images.to(self.device, self.dtype, non_blocking=True)
-        images = images.contiguous(memory_format=self.memory_format)
-        return self._run(images, size, steps, num_points, refine)
 
-    def _forward(
+        Raises ValueError for images of another shape or type.
+        """
+        return self._predict(images, "labels", size and tuple(size), steps, num_points, refine)
+
+    def logits(
         self,
         images: Tensor,
+        *,
+        steps: int | None = None,
+        num_points: int | None = None,
+        refine: bool = True,
+    ) -> Tensor:
+        """Logits [B, C, H, W] at the input's size, of the predictor's dtype; see `__call__`."""
+        return self._predict(images, "logits", None, steps, num_points, refine)
+
+    @torch.no_grad()
+    def _predict(self, images: Tensor, *how: Any) -> Tensor:
+        _check_images(images)
+        # moved as they are: a cast on the host would wait, and leave pinned memory
+        images = images.to(self.device, non_blocking=True)
+        images = images.to(self.dtype).contiguous(memory_format=self.memory_format)
+        with torch.autocast(self.device.type, enabled=False):
+            if self._padded is None:
+                return self._whole(images, *how)
+            assert self.bucket is not None
+            image_size = (images.shape[2], images.shape[3])
+            self._padded.set_size(image_size)
+            maps = self._maps(pad(images, self.bucket))
+            fine_map, coarse = (own_part(padded, image_size) for padded in maps)
+            if (
+                coarse.shape[2:] == image_size
+            ):  # of one pixel: it may be the result, so not a graph's
+                coarse = coarse.clone()
+            return self._finish(fine_map, coarse, image_size, *how)
+
+    def _compute(self, images: Tensor, *how: Any) -> Tensor:
+        fine_map, coarse = self._maps(images)
+        return self._finish(fine_map, coarse, (images.shape[2], images.shape[3]), *how)
+
+    def _finish(
+        self,
+        fine_map: Tensor,
+        coarse: Tensor,
+        image_size: tuple[int, int],
+        output: str,
         size: tuple[int, int] | None,
         steps: int | None,
         num_points: int | None,
         refine: bool,
     ) -> Tensor:
-        fine_map, coarse = self.model.maps(images)
-        image_size = (images.shape[2], images.shape[3])
-        if not refine:
+        if refine:
+            return self.model.refine(
+                fine_map, coarse, output, image_size, size, steps=steps, num_points=num_points
+            )
+        if output == "labels":
             return ops.decode(coarse, image_size=image_size, size=size)
-        return self.model.refine(
-            fine_map, coarse, "labels", image_size, size, steps=steps, num_points=num_points
-        )
+        return reference.resample(coarse, image_size)
+
+    def _check(self, graphs: bool) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype}")
+        bucket = self.bucket
+        if bucket is not None and (
+            not isinstance(bucket, int) or bucket < STRIDE or bucket % STRIDE
+        ):
+            raise ValueError(f"bucket must be a multiple of {STRIDE}, not {bucket!r}")
+        if graphs and self.device.type != "cuda":
+            raise ValueError(f"graphs need the model on a CUDA device, not on {self.device}")
 
 
 def fold_batch_norm(model: nn.Module) -> None:
-    """Merges, in place, each BatchNorm of a model in evaluation mode into the convolution before it.
+    """Merges, in place, each BatchNorm of a model in evaluation mode into the convolution before.
 
     "Before" is the order in which modules were registered, which in this network is the order in
     which they run.
@@ -96,3 +183,31 @@ def fold_batch_norm(model: nn.Module) -> None:
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 module._modules[name] = fuse_conv_bn_eval(conv, norm).requires_grad_(False)
                 module._modules[after] = nn.Identity()
+
+
+def _compiled(maps: Callable[..., Any]) -> Callable[..., Any]:
+    import torch._dynamo.config  # takes a second, and few compile
+
+    # whole or an error: a part left out, or a size too many, would be slow without a word
+    function = torch.compile(maps, fullgraph=True)
+    known: set[torch.Size] = set()
+
+    def run(images: Tensor) -> Any:
+        if images.shape in known:
+            return function(images)
+        with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
+            result = function(images)
+        known.add(images.shape)
+        return result
+
+    return run
+
+
+def _check_images(images: Tensor) -> None:
+    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            "images must be normalised floating point [B, 3, H, W], "
+            f"not {images.dtype} {tuple(images.shape)}"
+        )
+    if 0 in images.shape[2:]:
+        raise ValueError(f"images must have at least one pixel, not {tuple(images.shape)}")
