@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from pointrend_triton.kernels import augment as augment_kernels
 from pointrend_triton.kernels import decode as decode_kernels
 from pointrend_triton.kernels import point_head as head_kernels
 from pointrend_triton.kernels import point_sample as sample_kernels
@@ -23,6 +24,7 @@ from pointrend_triton.kernels.point_head import unsupported as unsupported_head
 
 __all__ = [
     "INTERPRETED",
+    "augment",
     "decode",
     "point_head",
     "point_head_backward",
@@ -407,6 +409,24 @@ def _(
     if return_labels:
         return coarse.new_empty(n, *(size or image_size or grid), dtype=_label_type(coarse))
     return coarse.new_empty(n, c, *grid)
+
+
+@custom_op("pointrend_triton::augment", mutates_args=())
+def augment(
+    pictures: Tensor,
+    places: Tensor,
+    colours: Tensor,
+    size: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    return augment_kernels.augment(pictures, places, colours, (size[0], size[1]), mean, std)
+
+
+@augment.register_fake
+def _(pictures, places, colours, size, mean, std):
+    n = places.shape[0]
+    return colours.new_empty(n, 3, *size), places.new_empty(n, *size)
 
 
 def _precision(dtype: torch.dtype) -> str:

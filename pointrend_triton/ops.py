@@ -368,6 +368,47 @@ def refine(
     return reference.resample(reference.resample(refined, image_size), size)
 
 
+@torch.no_grad()
+def augment(
+    pictures: Tensor,
+    places: Tensor,
+    colours: Tensor,
+    size: tuple[int, int],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """Training crops of 8-bit pictures: resized, cut, flipped, distorted, normalised and padded.
+
+    The steps, their order and every rounding are OpenCV's in mmsegmentation's training pipeline;
+    the result is equal to the last bit to that of OpenCV on a processor with AVX2.
+
+    Args:
+        pictures: uint8 [pixels, 4], contiguous: blue, green, red and the class, of one picture
+            after the other, row by row.
+        places: int64 [B, 8], for each crop the number of its picture's first pixel, the picture's
+            height and width, those after resizing, the crop's top and left in the resized picture,
+            and 1 where it is flipped, else 0. What it names must exist: that is not checked, as it
+            would wait for the GPU.
+        colours: fp32 [B, 5]: brightness added, contrast as a factor, saturation as a factor (0:
+            none), hue added in half degrees 0 to 179 (-1: none), and contrast as a factor again.
+        size: (height, width) of the crops; what lies beyond the picture is padding.
+        mean, std: three numbers each, in grey levels and the order red, green, blue.
+
+    Returns:
+        images fp32 [B, 3, h, w], (grey level - mean) / std in the order red, green, blue, padding
+        0; and labels int64 [B, h, w], padding 255.
+    """
+    _check_crops(pictures, places, colours)
+    _check_sizes(None, size)
+    for name, numbers in (("mean", mean), ("std", std)):
+        if len(numbers) != 3:
+            raise ValueError(f"{name} must be three numbers, not {len(numbers)}")
+    if not _uses_kernels(pictures):
+        return reference.augment(pictures, places, colours, size, mean=mean, std=std)
+    return library.augment(pictures, places, colours, size, mean, std)
+
+
 class backend:
     """Who computes: `ops.backend("reference")` chooses, `with ops.backend(...)` for a block.
 
@@ -540,6 +581,26 @@ def _check_layers(
         if tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(f"biases[{i}] must be {(weight.shape[0],)}, not {tuple(bias.shape)}")
         width = weight.shape[0] + (classes if coarse_each_layer else 0)
+
+
+def _check_crops(pictures: Tensor, places: Tensor, colours: Tensor) -> None:
+    tensors = {"pictures": pictures, "places": places, "colours": colours}
+    rules = ((4, torch.uint8), (8, torch.int64), (5, torch.float32))
+    for (name, value), (columns, dtype) in zip(tensors.items(), rules, strict=True):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+        if value.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, not {value.dtype}")
+        if value.dim() != 2 or value.shape[1] != columns:
+            raise ValueError(f"{name} must be [n, {columns}], not {tuple(value.shape)}")
+        if not value.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, not of strides {value.stride()}")
+    if places.shape[0] != colours.shape[0]:
+        raise ValueError(
+            "places and colours must be for as many crops, "
+            f"not {places.shape[0]} and {colours.shape[0]}"
+        )
+    _check_devices(**tensors)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

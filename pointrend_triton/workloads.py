@@ -172,6 +172,18 @@ def features(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
+def crops(device: torch.device, dtype: torch.dtype) -> None:
+    """A training batch of Cityscapes, cut from pictures in device memory."""
+    from pointrend_triton.kernels import augment
+
+    pictures = torch.randint(256, (8 * 1024 * 2048, 4), dtype=torch.uint8, device=device)
+    place = torch.tensor([0, 1024, 2048, 1331, 2662, 300, 900, 1], device=device).repeat(8, 1)
+    place[:, 0] += torch.arange(8, device=device) * (1024 * 2048)
+    colours = torch.tensor([11.0, 1.2, 0.8, 7.0, 1.0], device=device).repeat(8, 1)
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    augment.augment(pictures, place, colours, (512, 1024), mean, std)
+
+
 WORKLOADS: dict[str, Workload] = {
     "cityscapes": refinement(19, (256, 512)),
     "cityscapes logits": refinement(19, (256, 512), return_labels=False),
@@ -188,6 +200,7 @@ WORKLOADS: dict[str, Workload] = {
     "dense": dense,
     "rows": rows,
     "features": features,
+    "crops": crops,
 }
 
 

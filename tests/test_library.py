@@ -60,6 +60,9 @@ def arguments_of(form):
         grad = grad[:, :, :1].expand(2, 3, 9)
     logits, parameters = coarse.detach(), [[p.detach() for p in part] for part in (weights, biases)]
     sampling = ("bilinear", "zeros", False)
+    pictures = torch.randint(256, (30, 4), dtype=torch.uint8, device=DEVICE)
+    places = torch.tensor([[2, 4, 7, 6, 8, 1, 2, 1]], device=DEVICE)
+    colours = torch.tensor([[5.0, 1.1, 0.9, 7.0, 1.2]], device=DEVICE)
     geometry = ([5, 6, 7], [3, 4, 5], torch.float32, torch.float32, [True, False], [True, True])
     return {
         "point_sample": (fine, coords, *sampling, torch.float32),
@@ -70,6 +73,7 @@ def arguments_of(form):
         "topk_on_grid": (grid, 7),
         "point_head": (fine, coarse, coords, weights, biases, True, torch.float32, True),
         "point_head_backward": (grad, saved.detach(), coords, *parameters, True, *geometry),
+        "augment": (pictures, places, colours, [5, 9], [9.0, 8.0, 7.0], [3.0, 2.0, 1.0]),
         "decode": (logits, None, [7, 9]),
         "refine": (
             *(logits, fine.detach(), *parameters, 2, 11, True, "top2_margin", True),

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_point_head import draw_layers
 from torch import nn
 
-from pointrend_triton import ops
+from pointrend_triton import ops, reference
 
 
 def enlarge(logits):
@@ -190,3 +190,29 @@ def test_torch_export(output):
     assert torch.equal(exported(*maps), module(*maps))
     other = draw()[:2]
     assert torch.equal(exported(*other), module(*other))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("classes", "sizes"),
+    [
+        (2, [(9, 7)]),
+        (3, [(75, 181)]),
+        (19, [(33, 35), (80, 90)]),
+        (19, [(61, 68), (97, 130)]),
+        (300, [(71, 58)]),
+    ],
+)
+def test_class_by_class_is_as_all_at_once(classes, sizes, layout):
+    """A CPU compares the classes one by one; coarse values make ties, of which the first wins."""
+    logits = (4 * torch.randn(2, classes, 9, 7)).round() / 4
+    dense = logits
+    for size in sizes:
+        dense = resize(dense, size) if size != (9, 7) else dense
+    image_size, size = [None, *sizes][-2:]
+    given = logits.contiguous(memory_format=layout)
+    labels = ops.decode(given, image_size=image_size, size=size)
+    assert labels.dtype == (torch.uint8 if classes <= 256 else torch.int64)
+    assert torch.equal(labels.long(), dense.argmax(dim=1))
+    top2 = given.topk(2, dim=1).values
+    assert torch.equal(reference.score(given), top2[:, 1:] - top2[:, :1])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pointrend_triton import reference
 from pointrend_triton.models.fpn import ConvModule
 from pointrend_triton.models.init import init_predictor
 
@@ -36,12 +36,8 @@ class CoarseHead(nn.Module):
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         x = self.scale_heads[0](pyramid[0])
         for head, level in zip(self.scale_heads[1:], pyramid[1:], strict=True):
-            enlarged = head(level)
-            if enlarged.shape[-2:] != x.shape[-2:]:
-                enlarged = F.interpolate(
-                    enlarged, size=x.shape[-2:], mode="bilinear", align_corners=False
-                )
-            x = x + enlarged
+            # of odd sizes, twice the coarser one is too large
+            x = x + reference.resample(head(level), (x.shape[2], x.shape[3]))
         if self.training and self.bn_updates > 1:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
