@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from pointrend_triton.checkpoint import load_backbone, missing_backbone_message
 from pointrend_triton.config import Config, TrainConfig, load_config, save_config
-from pointrend_triton.data import SegmentationDataset, build_dataset, train_loader
+from pointrend_triton.data import SegmentationDataset, build_dataset, prepare, train_loader
 from pointrend_triton.distributed import World, agree, gather, joined, mean, sync_batchnorm
 from pointrend_triton.environment import environment
 from pointrend_triton.inference import evaluate_dataset, example_picture, peak_memory
@@ -307,7 +307,8 @@ def run(config: Config, name: str, world: World) -> int:
     )
 
     model.train()
-    first_loader = loader(start, data.workers)  # which may write a cache first, for minutes
+    train_set = prepare(train_set, data, device)  # which may take minutes
+    first_loader = loader(start, data.workers)
     stop = StopRequest()
     hidden = None if world.is_main else True
     bar = tqdm(total=train.iterations, initial=start, unit="it", dynamic_ncols=True, disable=hidden)

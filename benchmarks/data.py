@@ -8,10 +8,11 @@ bf16, 229 at 35 ms per batch of 8. Of 16 cores, each then has 70 ms for a crop. 
 2 MiB of 8-bit values, 0.5 GB/s in all (10 MiB and 2.4 GB/s as float32 and int64); a decoded
 Cityscapes picture has 8 MiB, so a cache is read at up to 1.9 GB/s: from memory, or a fast disk.
 
-Three paths to the same pictures: "published" decodes, resizes whole pictures and sends float32,
-"files" decodes, resizes what the crop needs and sends 8 bits, and "cache" does so from data.cache,
-which the page cache of the system holds here. No GPU takes part: the copy to one and the
-normalising there are not in these figures.
+Four paths to the same pictures: "published" decodes, resizes whole pictures and sends float32,
+"files" decodes, resizes what the crop needs and sends 8 bits, "cache" does so from data.cache,
+which the page cache of the system holds here, and "resident" (data.resident) makes the random
+choices alone and sends those. No GPU takes part: the copy to one, the normalising there, and what
+cuts the resident pictures (`python -m benchmarks.bench_augment`) are not in these figures.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ from pointrend_triton.data.workers import one_thread
 from pointrend_triton.visualize import write_atomic
 
 BATCH = 8
-PATHS = ("published", "files", "cache")
+PATHS = ("published", "files", "cache", "resident")
 
 
 @dataclasses.dataclass
@@ -154,8 +155,11 @@ def measure(
 ) -> Iterator[Row]:
     """A row for every path and number of workers; `seconds` is the time that each is measured."""
     dataset = build_dataset(data, data.train_split)
-    for path in PATHS[: 2 if data.dataset == "shapes" else 3]:
-        source = cached(dataset, cache, max(workers)) if path == "cache" else dataset
+    for path in PATHS[: 2 if data.dataset == "shapes" else 4]:
+        source = dataset
+        if path in ("cache", "resident"):
+            source = cached(dataset, cache, max(workers))
+            data = dataclasses.replace(data, cache=str(cache), resident=path == "resident")
         load, transform = _cpu_ms(source, data, path, pictures=3 * BATCH)
         for number in workers:
             rate = _rate(_batches(source, dataclasses.replace(data, workers=number), path), seconds)
@@ -198,11 +202,12 @@ def _cpu_ms(
 
     A mean over picture numbers, whose scales and distortions differ; each is a median of three.
     """
-    cut = (
-        PublishedOrder(source, data, 0).transform
-        if path == "published"
-        else TrainTransform(data).cut
-    )
+    transform = TrainTransform(data)
+    cuts: dict[str, Callable[[Image, Label, np.random.Generator], object]] = {
+        "published": PublishedOrder(source, data, 0).transform,
+        "resident": lambda image, label, rng: transform.draw(label, rng),
+    }
+    cut = cuts.get(path, transform.cut)
     loads, transforms = [], []
     for number in range(pictures):
         times: tuple[list[float], list[float]] = ([], [])

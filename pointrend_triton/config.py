@@ -94,6 +94,9 @@ class DataConfig:
     # a folder: the training split is decoded into it once and read from there; null: decoded anew
     # each time. Of sets of files only; about height x width x 4 bytes a picture
     cache: str | None = None
+    # the cached pictures are copied to the memory of the device that trains, of each one where
+    # there are several, and cropped and distorted there; the crops are the same
+    resident: bool = False
     # every n-th image of train_split is kept out of training, as the split "holdout"; 0: none
     holdout_every: int = 0
     # base scale: images are resized, keeping their ratio, to fit this longer and shorter side
@@ -128,6 +131,10 @@ class DataConfig:
         _require(
             self.holdout_every == 0 or self.holdout_every >= 2,
             "data.holdout_every must be 0 or at least 2",
+        )
+        _require(
+            self.cache is not None or not self.resident,
+            "data.resident needs data.cache, the folder that the pictures are decoded into",
         )
         _require(self.workers >= 0, "data.workers must be at least 0")
 

@@ -30,7 +30,8 @@ from pointrend_triton.models import PointRend
 # what may change between the parts of one run
 FREE = {
     *("log_every", "eval_every", "eval_images", "checkpoint_every", "keep_checkpoints", "pictures"),
-    *("resume", "run_dir", "device", "root", "cache", "workers", "pretrained", "max_skipped"),
+    *("resume", "run_dir", "device", "root", "cache", "resident"),
+    *("workers", "pretrained", "max_skipped"),
 }
 # files under the names that they have until they are whole; numbers are those of processes
 _DRAFTS = re.compile(

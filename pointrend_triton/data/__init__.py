@@ -5,7 +5,7 @@ from __future__ import annotations
 from pointrend_triton.config import DataConfig
 from pointrend_triton.data.base import SegmentationDataset
 from pointrend_triton.data.io import IGNORE, DataError, MissingDataError, read_image, read_label
-from pointrend_triton.data.loader import TrainBatches, train_loader
+from pointrend_triton.data.loader import TrainBatches, prepare, train_loader
 from pointrend_triton.data.transforms import (
     MEAN,
     STD,
@@ -30,6 +30,7 @@ __all__ = [
     "denormalise",
     "keep_ratio_size",
     "multi_scale_sizes",
+    "prepare",
     "read_image",
     "read_label",
     "train_loader",

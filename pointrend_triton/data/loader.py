@@ -8,7 +8,7 @@ the device that trains.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from pointrend_triton.config import DataConfig
 from pointrend_triton.data.base import SegmentationDataset
-from pointrend_triton.data.cache import cached
+from pointrend_triton.data.cache import CachedDataset, cached
 from pointrend_triton.data.io import IGNORE, DataError
 from pointrend_triton.data.prefetch import Prefetch
+from pointrend_triton.data.resident import Choices, ResidentDataset, TrainChoices
 from pointrend_triton.data.transforms import MEAN, STD, Size, TrainTransform
 from pointrend_triton.data.workers import one_thread
 
@@ -98,20 +99,36 @@ class TrainSamples(Dataset[Item]):
         return pixels, classes, (h, w), self.dataset.files(index)
 
 
-class TrainLoader(DataLoader[Item]):
-    """PyTorch's loader of 8-bit batches, iterated as ready ones on `device` (see `to_device`)."""
+class TrainLoader(DataLoader[Any]):
+    """PyTorch's loader of what goes to `device`, iterated as what `move` makes of it there."""
 
-    def __init__(self, *args: Any, device: torch.device, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, device: torch.device, move: Callable[[Any], Batch], **options: Any
+    ) -> None:
         super().__init__(*args, **options)
-        self.device = device
+        self.device, self.move = device, move
 
-    def host_batches(self) -> Iterator[HostBatch]:
+    def host_batches(self) -> Iterator[Any]:
         """What the workers make, before it goes to the device."""
         return super().__iter__()
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        move = functools.partial(to_device, device=self.device)
-        return iter(Prefetch(self.host_batches(), move, self.device))
+        return iter(Prefetch(self.host_batches(), self.move, self.device))
+
+
+def prepare(
+    dataset: SegmentationDataset, data: DataConfig, device: torch.device
+) -> SegmentationDataset:
+    """The data set as training reads it: with data.cache, and data.resident, from there.
+
+    The cache is written, and the device's memory filled, if need be. What was prepared before comes
+    back as it is.
+    """
+    if data.cache is not None and not isinstance(dataset, CachedDataset):
+        dataset = cached(dataset, data.cache, data.workers)
+    if data.resident and isinstance(dataset, CachedDataset):
+        return dataset if isinstance(dataset, ResidentDataset) else ResidentDataset(dataset, device)
+    return dataset
 
 
 def train_loader(
@@ -130,25 +147,31 @@ def train_loader(
     Yields images float32 [B,3,h,w] (normalised RGB) and labels int64 [B,h,w] (255: ignore) on
     `device` (None: the CPU), and the B pictures' origins, list[str]. On a GPU, each batch is ready
     or on its way before it is asked for. `batch_size` is that of all `ranks` processes together;
-    B is this one's share. With data.cache, the data set is decoded once, into that folder, first.
+    B is this one's share. The data set is prepared first, where it is not yet (see `prepare`).
 
     An unusable file is a DataError; PyTorch puts a worker's traceback before its text, which is the
     last line.
     """
     device = device or torch.device("cpu")
     order = TrainBatches(len(dataset), batch_size, seed, start_iteration, iterations, rank, ranks)
-    if data.cache is not None:
-        dataset = cached(dataset, data.cache, data.workers)
+    dataset, transform = prepare(dataset, data, device), TrainTransform(data)
+    samples: Dataset[Any] = TrainSamples(dataset, transform, seed)
+    collate: Any = _collate
+    move: Callable[[Any], Batch] = functools.partial(to_device, device=device)
+    if isinstance(dataset, ResidentDataset):
+        samples, collate = TrainChoices(dataset.cached, transform, seed), _stack
+        move = functools.partial(dataset.crops, size=data.crop_size)
     return TrainLoader(
-        TrainSamples(dataset, TrainTransform(data), seed),
+        samples,
         batch_sampler=order,
         num_workers=data.workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         worker_init_fn=one_thread,
         pin_memory=device.type == "cuda",
         # DataLoader draws a number for its workers; not from the generator that the model uses
         generator=torch.Generator(),
         device=device,
+        move=move,
     )
 
 
@@ -181,3 +204,8 @@ def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def _collate(items: list[Item]) -> HostBatch:
     pixels, classes, sizes, files = zip(*items, strict=True)
     return default_collate(list(pixels)), default_collate(list(classes)), list(sizes), list(files)
+
+
+def _stack(items: list[tuple[torch.Tensor, torch.Tensor, str]]) -> Choices:
+    places, colours, files = zip(*items, strict=True)
+    return torch.stack(places), torch.stack(colours), list(files)

@@ -6,7 +6,7 @@ Steps, order and quirks are those of mmsegmentation 0.x; equal random draws give
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -33,6 +33,28 @@ _GREYS = np.arange(256, dtype=np.float32)
 _SAME = np.arange(256, dtype=np.uint8)
 
 
+class Colours(NamedTuple):
+    """A photometric distortion, in the order of its steps; by default the picture stays as it is.
+
+    The numbers are rounded to float32 before they are used.
+    """
+
+    brightness: float = 0  # added, in grey levels
+    early_contrast: float = 1  # a factor
+    saturation: float = 0  # a factor; 0: none, and no way through HSV and back
+    hue: float = -1  # added in half degrees, 0 to 179, modulo 180; -1: none, and no way through HSV
+    late_contrast: float = 1  # a factor
+
+
+class Cut(NamedTuple):
+    """What is made of a picture: all random choices of the training pipeline."""
+
+    size: Size  # (height, width) of the whole picture, resized
+    box: Box  # what is cut from that; its end may lie beyond it
+    flip: bool
+    colours: Colours
+
+
 class TrainTransform:
     """Resize, crop, flip, distort colours, normalise, pad: mmsegmentation's training pipeline."""
 
@@ -56,16 +78,19 @@ class TrainTransform:
 
         The published order resizes the whole picture first; here only what the crop needs of it.
         """
-        data = self.data
-        size = rescale_size(image.shape[:2], data.scale, data.scale_range, rng)
-        resized = ResizedLabel(label, size)
-        box = random_crop_box(resized, data.crop_size, data.crop_max_share, rng)
-        image, label = resized_crop(image, size, box), resized[box]
-        if rng.random() < data.flip_probability:
+        size, box, flip, colours = self.draw(label, rng)
+        image, label = resized_crop(image, size, box), ResizedLabel(label, size)[box]
+        if flip:
             image, label = _flip(image), _flip(label)
-        if data.photometric:
-            image = photometric_distortion(image, rng)
-        return image, label
+        return distort(image, colours), label
+
+    def draw(self, label: Label, rng: np.random.Generator) -> Cut:
+        """The random choices for a picture of this label [H,W], which the box is checked by."""
+        data = self.data
+        size = rescale_size(label.shape, data.scale, data.scale_range, rng)
+        box = random_crop_box(ResizedLabel(label, size), data.crop_size, data.crop_max_share, rng)
+        flip = rng.random() < data.flip_probability
+        return Cut(size, box, flip, draw_colours(rng) if data.photometric else Colours())
 
 
 class TestTransform:
@@ -190,34 +215,52 @@ def _flip(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def photometric_distortion(image: Image, rng: np.random.Generator) -> Image:
-    """Random brightness, contrast, saturation, hue of uint8 BGR [H,W,3], each half of the time.
+    """Random brightness, contrast, saturation, hue of uint8 BGR [H,W,3]: see `draw_colours`."""
+    return distort(image, draw_colours(rng))
 
-    Contrast comes second in mode 1 and last in mode 0, each half of the time. Every step clips to
-    0..255 and cuts the fraction off; saturation and hue each go through 8-bit HSV and back.
+
+def draw_colours(rng: np.random.Generator) -> Colours:
+    """Draws brightness, contrast, saturation and hue, each none half of the time.
+
+    Contrast comes second in mode 1 and last in mode 0, each half of the time.
     """
-    table = _SAME
-    if rng.integers(2):
-        table = _truncated(_GREYS + np.float32(rng.uniform(-32, 32)))
-    contrast_first = rng.integers(2) == 1
-    if contrast_first:
-        table = _random_contrast(table, rng)
-    image = _apply(image, table)
-    if rng.integers(2):
-        image = _apply_in_hsv(image, 1, _truncated(_GREYS * np.float32(rng.uniform(0.5, 1.5))))
-    if rng.integers(2):
-        # the upper end is excluded: shifts of -18..17, in OpenCV's half degrees
-        shifted = (np.arange(256) + rng.integers(-18, 18)) % 180
+    brightness = rng.uniform(-32, 32) if rng.integers(2) else 0
+    is_early = rng.integers(2) == 1
+    early = _contrast(rng) if is_early else 1
+    saturation = rng.uniform(0.5, 1.5) if rng.integers(2) else 0
+    # the upper end is excluded: shifts of -18..17, in OpenCV's half degrees
+    hue = int(rng.integers(-18, 18)) % 180 if rng.integers(2) else -1
+    late = 1 if is_early else _contrast(rng)
+    return Colours(brightness, early, saturation, hue, late)
+
+
+def _contrast(rng: np.random.Generator) -> float:
+    return rng.uniform(0.5, 1.5) if rng.integers(2) else 1
+
+
+def distort(image: Image, colours: Colours) -> Image:
+    """uint8 BGR [H,W,3] distorted; equal to mmsegmentation's, for equal draws.
+
+    Every step clips to 0..255 and cuts the fraction off; saturation and hue each go through 8-bit
+    HSV and back.
+    """
+    table = _truncated(_GREYS + np.float32(colours.brightness))
+    image = _apply(image, _truncated(table * np.float32(colours.early_contrast)))
+    if colours.saturation > 0:
+        image = _apply_in_hsv(image, 1, _truncated(_GREYS * np.float32(colours.saturation)))
+    if colours.hue >= 0:
+        shifted = (np.arange(256) + int(colours.hue)) % 180
         image = _apply_in_hsv(image, 0, shifted.astype(np.uint8))
-    return image if contrast_first else _apply(image, _random_contrast(_SAME, rng))
-
-
-def _random_contrast(table: Table, rng: np.random.Generator) -> Table:
-    return _truncated(table * np.float32(rng.uniform(0.5, 1.5))) if rng.integers(2) else table
+    return _apply(image, _truncated(_GREYS * np.float32(colours.late_contrast)))
 
 
 def _apply(image: Image, table: Table) -> Image:
     # a function of one 8-bit value is a table of 256: same result, far fewer operations
-    return image if table is _SAME else cv2.LUT(image, table).astype(np.uint8, copy=False)
+    return (
+        image
+        if np.array_equal(table, _SAME)
+        else cv2.LUT(image, table).astype(np.uint8, copy=False)
+    )
 
 
 def _apply_in_hsv(image: Image, channel: int, table: Table) -> Image:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks import bench_augment, harness
 from benchmarks import data as bench
 from pointrend_triton.config import DataConfig
 from pointrend_triton.data import build_dataset
@@ -37,3 +38,23 @@ def test_the_command(tmp_path, capsys):
         assert row["cpu_ms"] == pytest.approx(row["cpu_ms_load"] + row["cpu_ms_transform"])
     assert len(result["loadavg_before"]) == 3
     assert "a training step needs 100 pictures/s" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_every_path_to_the_pictures_of_files(tmp_path):
+    bench.write_pictures(tmp_path / "mine", 2, (256, 512))
+    data = DataConfig(dataset="folder", root=str(tmp_path / "mine"), crop_size=(128, 192))
+    data.scale = (512, 256)
+    rows = list(bench.measure("mine", data, tmp_path / "cache", [0], 0.1))
+    assert [row.path for row in rows] == ["published", "files", "cache", "resident"]
+    assert all(row.pictures_per_second > 0 and row.cpu_ms_transform > 0 for row in rows)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_the_bench_of_crops_on_the_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "triton_runs", lambda device: False)  # it would take minutes
+    assert bench_augment.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "augment.json").read_text())["rows"]
+    assert {row["case"] for row in rows} == {"cityscapes", "ade20k"}
+    assert all(row["difference"] == 0 and row["error"] is None for row in rows)
