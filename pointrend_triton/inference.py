@@ -38,6 +38,8 @@ Sample = TypeVar("Sample")
 
 # the published speeds leave out this many images: the first ones pay for allocation and tuning
 WARMUP_IMAGES = 5
+# probabilities made at a time: a few kernels per map on a GPU, whose L2 holds what they hand over
+STRIP_BYTES = 2**24
 
 
 class Dataset(Protocol):
@@ -120,6 +122,9 @@ def mean_probabilities(
 ) -> Tensor:
     """Mean over passes of softmax (one class: sigmoid) of the logits at `size`: float32 [1,C,H,W].
 
+    Beside a pass's own memory, two such maps are held, the sum and the resampled logits. The result
+    is that of whole maps within the rounding of fp32, as a strip may round its softmax otherwise.
+
     The arguments are `predict_multi_scale`'s. Raises ValueError without any transform.
     """
     height, width = size or image.shape[:2]
@@ -129,11 +134,10 @@ def mean_probabilities(
         images = transform(image)[None].to(_device(model))
         logits = _logits(model, images.flip(3) if mirrored else images, coarse, amp)
         logits = reference.resample(logits, (height, width))
-        probabilities = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
-        if mirrored:
-            probabilities = probabilities.flip(3)
-        # one running sum: twelve maps of 150 classes would not fit beside the network
-        total = probabilities if total is None else total.add_(probabilities)
+        if total is None:
+            total = torch.zeros_like(logits)
+        _add_probabilities(total, logits, mirrored)
+        del logits  # or the next pass would run beside them
         passes += 1
     if total is None:
         raise ValueError("transforms must hold at least one transform")
@@ -356,6 +360,14 @@ def _logits(model: PointRend, images: Tensor, coarse: bool, amp: bool) -> Tensor
         logits = model.coarse(images) if coarse else model(images)
     height, width = images.shape[2:]
     return reference.resample(logits.float(), (height, width))
+
+
+def _add_probabilities(total: Tensor, logits: Tensor, mirrored: bool) -> None:
+    """Adds the probabilities of logits [1,C,H,W] to their sum, a strip of rows at a time."""
+    rows = max(1, STRIP_BYTES * logits.shape[2] // logits.nbytes)
+    for strip, sums in zip(logits.split(rows, dim=2), total.split(rows, dim=2), strict=True):
+        strip = strip.flip(3) if mirrored else strip
+        sums += strip.sigmoid() if strip.shape[1] == 1 else strip.softmax(dim=1)
 
 
 def _transforms(scale: Scale | None, image: Image, multi_scale: bool) -> list[Transform]:

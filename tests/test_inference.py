@@ -1,5 +1,7 @@
 """inference.py: the test protocols against plain twins, on a stand-in and on the real network."""
 
+import itertools
+import json
 import sys
 from types import SimpleNamespace
 
@@ -95,30 +97,35 @@ def test_predict_at_the_images_own_size(model, coarse):
 
 
 @pytest.mark.parametrize("coarse", [False, True])
-@pytest.mark.parametrize("num_classes", [4, 1])
-def test_multi_scale_is_the_mean_of_twelve(num_classes, coarse):
+@pytest.mark.parametrize(
+    ("num_classes", "size"), [(4, (24, 40)), (1, (24, 40)), (1, (33, 21)), (150, (33, 21))]
+)
+def test_multi_scale_is_the_mean_of_twelve(num_classes, size, coarse, monkeypatch):
     model = Stub(num_classes).eval()
-    image = Pictures(4).images[0]
+    image = np.random.default_rng(3).integers(0, 256, (*size, 3)).astype(np.uint8)
     scale = (60, 30)
     transforms = [TestTransform((int(60 * r), int(30 * r))) for r in RATIOS]
     passes = []
     with torch.no_grad():
         for ratio in RATIOS:
-            side, other = int(60 * ratio), int(30 * ratio)
-            factor = min(side / 40, other / 24)
-            small = cv2.resize(image, (int(40 * factor + 0.5), int(24 * factor + 0.5)))
+            factor = min(int(60 * ratio) / max(size), int(30 * ratio) / min(size))
+            height, width = (int(side * factor + 0.5) for side in size)
+            small = cv2.resize(image, (width, height))
             for flip in (False, True):
                 # mirrored before it is normalised, as the published pipeline does
                 x = TestTransform(None)(small[:, ::-1].copy() if flip else small)[None]
                 logits = resize(model.coarse(x) if coarse else model(x), x.shape[2:])
-                logits = resize(logits, (24, 40))
+                logits = resize(logits, size)
                 p = torch.sigmoid(logits) if num_classes == 1 else torch.softmax(logits, 1)
                 passes.append(torch.flip(p, [3]) if flip else p)
     expected = torch.stack(passes).double().mean(0)
     assert len(passes) == 12
     model.seen.clear()
+    # seven rows at a time, the last strip has fewer
+    monkeypatch.setattr(inference, "STRIP_BYTES", 7 * 4 * num_classes * size[1])
     mean = inference.mean_probabilities(model, image, transforms, coarse=coarse)
-    torch.testing.assert_close(mean.double(), expected, atol=1e-6, rtol=0)
+    # twelve roundings of a sum of up to 12, one of a softmax
+    torch.testing.assert_close(mean.double(), expected, atol=5e-7, rtol=0)
     assert len(model.seen) == 12 and len(set(model.seen)) == 6
     labels = inference.predict_multi_scale(model, image, transforms, coarse=coarse)
     decided = (expected[:, 0] > 0.5).byte() if num_classes == 1 else decide(expected)
@@ -126,6 +133,44 @@ def test_multi_scale_is_the_mean_of_twelve(num_classes, coarse):
     # what evaluate_dataset runs is the same twelve
     chosen = inference._transforms(scale, image, multi_scale=True)
     assert torch.equal(inference.mean_probabilities(model, image, chosen, coarse=coarse), mean)
+
+
+class Scratch(nn.Module):
+    """Small logits of a "network" that needs as much memory as `size` logits while it runs."""
+
+    def __init__(self, num_classes, size):
+        super().__init__()
+        self.shape = (1, num_classes, *size)
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        scratch = torch.ones(self.shape)
+        return torch.randn(1, self.shape[1], *images.shape[2:]) * scratch[0, 0, 0, 0]
+
+
+def peak_bytes(function, path):
+    """The most memory that a call holds at once, temporaries inside operators too."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        function()
+    profile.export_chrome_trace(str(path))
+    events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    changes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("num_classes", [1, 19])
+def test_multi_scale_holds_two_maps(num_classes, tmp_path, monkeypatch):
+    size = (128, 192)
+    model, image = Scratch(num_classes, size).eval(), np.zeros((*size, 3), np.uint8)
+    one_map = 4 * num_classes * size[0] * size[1]
+    monkeypatch.setattr(inference, "STRIP_BYTES", one_map // 16)
+    transforms = [TestTransform((side, side)) for side in (8, 12)]
+    peak = peak_bytes(
+        lambda: inference.mean_probabilities(model, image, transforms), tmp_path / "trace.json"
+    )
+    # the sum and a pass's logits, or the sum and what the network needs; strips, images, small maps
+    assert 2 <= peak / one_map < 2.3
 
 
 def test_multi_scale_without_flip_and_without_transforms(model):
