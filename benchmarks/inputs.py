@@ -6,7 +6,10 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from pointrend_triton.config import ModelConfig
+from pointrend_triton.models.pointrend import PointRend
 
 Sizes = Mapping[str, int]
 
@@ -66,3 +69,45 @@ def layers(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, 
         biases.append((0.1 * torch.randn(out, device=device)).to(dtype))
         width = out + classes
     return {"weights": weights, "biases": biases}
+
+
+def images(shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
+    """Normalised fp32 images [N, 3, H, W] with regions and borders, the same each time."""
+    torch.manual_seed(1)
+    return logits(shape, torch.float32, device) / 4
+
+
+@torch.no_grad()
+def network(config: ModelConfig) -> PointRend:
+    """A network of random weights, the same each time, whose class maps have regions.
+
+    Its BatchNorm statistics are those of `images`, its coarse logits of each class have a mean of 0
+    and a deviation of 2, and its point head changes them by about half as much.
+    """
+    torch.manual_seed(0)
+    model = PointRend(config)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    pictures = images((2, 3, 128, 256), torch.device("cpu"))
+    model.maps(pictures)  # in training mode
+    fine, coarse = model.eval().maps(pictures)
+    _spread(model.coarse_head.conv_seg, coarse, 2.0)
+    if model.point_head is not None:
+        coarse = model.coarse_head(model.features(pictures))
+        change = model.point_head(fine, coarse, coords(2, 512, fine.device))
+        last = model.point_head.fc_seg
+        _spread(last, change, 1.0)
+        classes = last.weight.shape[0]
+        # the last columns read the coarse logits
+        last.weight[:, -classes:, 0] += torch.eye(classes)
+    return model
+
+
+def _spread(layer: nn.Conv1d | nn.Conv2d, output: Tensor, deviation: float) -> None:
+    """Changes a layer so that what it gave as `output` has that deviation and a mean of 0."""
+    assert layer.bias is not None
+    flat = output.transpose(0, 1).flatten(1)
+    scale = deviation / flat.std(dim=1)
+    layer.weight *= scale.view(-1, *[1] * (layer.weight.dim() - 1))
+    layer.bias.copy_(scale * (layer.bias - flat.mean(dim=1)))

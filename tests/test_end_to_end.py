@@ -1,0 +1,301 @@
+"""The benchmark of whole predictions: what it plans, measures, judges, and compares with."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import end_to_end, end_to_end_report, inputs, mmseg_side, peer
+from benchmarks.end_to_end import PROTOCOLS, WATERFALL, Row
+from pointrend_triton import Predictor
+from pointrend_triton.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+MEASURED = {"ms_median": 2.0, "ms_p10": 1.9, "ms_p90": 2.2, "ms_p99": 3.0, "calls": 9}
+MEASURED |= {"images_per_second": 500.0, "agreement": 0.999}
+# speaks as mmseg_side.py does, and labels everything 3
+OTHER_SIDE = """
+import json, sys
+import numpy as np
+config, weights, images, height, width, threads, labels = sys.argv[1:]
+assert config == "theirs" and np.load(images).shape == (1, 3, 32, 64)
+print(json.dumps({"mmsegmentation": "1.2.2"}), flush=True)
+for line in sys.stdin:
+    np.save(labels, np.full((int(height), int(width)), 3, np.uint8))
+    print(json.dumps(50.0), flush=True)
+"""
+
+
+def tiny(name="cityscapes_r50"):
+    return end_to_end.make_model(name, None, quick=True)
+
+
+def run(tmp_path, *options):
+    status = end_to_end.main(["--device", "cpu", "--out", str(tmp_path), *options])
+    path = tmp_path / "end_to_end.json"
+    return status, json.loads(path.read_text()) if path.exists() else None
+
+
+@pytest.mark.slow
+def test_quick(tmp_path, capsys):
+    status, result = run(tmp_path, "--quick", "--models", "cityscapes_r50", "ade20k_r101")
+    assert status == 0
+    assert {"device", "commit", "date", "versions", "command", "threads"} <= result.keys()
+    assert [(row["model"], row["variant"]) for row in result["rows"]] == [
+        *(("cityscapes_r50", name) for name in ("fp32", "bf16", "channels-last", "BN folded")),
+        ("cityscapes_r50", "no point head"),
+        *(("ade20k_r101", name) for name in ("fp32", "BN folded", "no point head")),
+    ]
+    for row in result["rows"]:
+        assert row["error"] is None and row["device_ms"] is None and row["peak_memory_mib"] is None
+        assert 0 < row["ms_p10"] <= row["ms_median"] <= row["ms_p90"] <= row["ms_p99"]
+        assert row["images_per_second"] == pytest.approx(1e3 / row["ms_median"])
+        assert row["calls"] >= end_to_end.ROUNDS
+        assert row["agreement"] == 1 if row["variant"] == "fp32" else 0.7 < row["agreement"] < 1
+    assert all(verdict["met"] is None for verdict in result["verdicts"])
+    assert any(reason.startswith("CUDA graph: ") for reason in result["left_out"])
+    assert (tmp_path / "end_to_end.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "not judged here" in printed and "published for a V100 and fp32, other" in printed
+
+
+def test_the_plan_for_a_gpu():
+    groups, left_out = end_to_end.plan("cityscapes_r50", CUDA, quick=False)
+    alone, batched = groups
+    assert not left_out
+    assert [row.variant for row in alone[:8]] == list(WATERFALL)
+    for row, before, added in zip(alone[1:8], alone, list(WATERFALL.values())[1:], strict=False):
+        assert row.settings == before.settings | added != before.settings
+    last = alone[7].settings
+    assert alone[8].settings == last | {"refine": False}
+    assert alone[9].settings == last | {"refine": False, "backend": "reference"}
+    assert [row.batch for row in batched] == [8, 8, 8]
+    assert [row.variant for row in batched] == ["fp32", "CUDA graph", "no point head"]
+    large, left_out = end_to_end.plan("ade20k_r101", CUDA, quick=False)
+    assert [row.variant for row in large[0][:3]] == ["fp32", "CUDA graph", "no point head"]
+    assert "kernels of ResNet-101: see ResNet-50" in left_out
+
+
+def test_settings_reach_the_predictor(monkeypatch):
+    seen = []
+
+    class Spy(Predictor):
+        def __init__(self, model, **options):
+            seen.append((dict(options), torch.backends.cudnn.allow_tf32))
+            graphs = options.pop("graphs", False)
+            super().__init__(model, **options | {"compile": False})
+            self.graphs = graphs
+
+    monkeypatch.setattr(end_to_end, "Predictor", Spy)
+    settings = end_to_end.plan("cityscapes_r50", CUDA, quick=False)[0][0][7].settings
+    images = inputs.images((1, 3, 32, 64), CPU)
+    row = Row("cityscapes_r50", "CUDA graph", 1, settings)
+    with end_to_end.as_set(settings):
+        variant = end_to_end.prepare(row, tiny(), images, (30, 60), CPU)
+    options, tf32 = seen[0]
+    named = dict.fromkeys(("fold", "channels_last", "compile", "graphs"), True)
+    assert options == {"dtype": torch.bfloat16, **named} and tf32
+    assert variant.run(images).shape == (1, 30, 60)
+
+
+def test_agreement_is_with_plain_fp32(monkeypatch):
+    """And a variant that fails, at once or later, does not stop the others."""
+    original, calls = end_to_end.Predictor.__call__, []
+
+    def half_wrong(self, images, size, **options):
+        labels = original(self, images, size, **options)
+        if self.dtype == torch.bfloat16:
+            calls.append(self)
+            if len(calls) > 100:
+                raise ArithmeticError("tired")
+            labels[..., ::2] = 255
+        return labels
+
+    monkeypatch.setattr(end_to_end.Predictor, "__call__", half_wrong)
+    rows = end_to_end.plan("cityscapes_r50", CPU, quick=True)[0][0]
+    fp32, bf16 = rows[:2]
+    wrong = replace(bf16, settings={**bf16.settings, "graphs": True, "backend": "none"})
+    timer = end_to_end.Timer(CPU, end_to_end.EFFORTS["quick"])
+    protocol = replace(PROTOCOLS["cityscapes_r50"], image_size=(32, 64), size=(32, 64))
+    done = end_to_end.measure([fp32, bf16, wrong], tiny(), protocol, 0, timer)
+    assert done[0].agreement == 1 and done[0].error is None
+    assert 0.3 < done[1].agreement < 0.5
+    assert "none" in done[2].error and done[2].ms_median is None
+    calls[:] = [None] * 95
+    assert "tired" in end_to_end.measure([fp32, bf16], tiny(), protocol, 0, timer)[1].error
+
+
+def measured(variant, device_ms, **changed):
+    settings = {"refine": "no" not in variant}
+    return Row("cityscapes_r50", variant, 1, settings, device_ms=device_ms, **MEASURED | changed)
+
+
+def test_verdicts():
+    rows = [
+        measured("fp32", 40.0),
+        measured("CUDA graph", 1.02),
+        measured("no point head", 1.0),
+        measured("no point head, dense decode", 2.0),
+    ]
+    protocol = PROTOCOLS["cityscapes_r50"]
+    speed, fused, dense = end_to_end.verdicts(rows, protocol, judged=True)
+    assert (speed.value, speed.goal, speed.met, speed.published_v100) == (500.0, 250, True, 8.48)
+    assert fused.value == pytest.approx(2) and fused.goal == 3 and fused.met is True
+    assert dense.value == pytest.approx(-49) and dense.goal is None and dense.met is None
+    slow = replace(rows[1], device_ms=1.04, images_per_second=249.0)
+    found = end_to_end.verdicts([rows[0], slow, rows[2]], protocol, judged=True)
+    assert [verdict.met for verdict in found] == [False, False]
+    elsewhere = end_to_end.verdicts(rows, protocol, judged=False)
+    assert [verdict.met for verdict in elsewhere] == [None, None, None]
+    failed = [rows[0], replace(rows[1], error="no")]
+    assert [verdict.met for verdict in end_to_end.verdicts(failed, protocol, judged=True)] == [None]
+    text = end_to_end_report.sentences([asdict(verdict) for verdict in found])
+    assert "goal on an H200 250: missed" in text and "V100" in text
+
+
+def test_failures_are_in_table_and_picture():
+    rows = [asdict(measured("fp32", None)), asdict(measured("bf16", 1.0, error="out of memory"))]
+    text = end_to_end_report.table(rows, ["tf32: a CPU has none"])
+    assert "failed: cityscapes_r50 bf16, batch 1: out of memory" in text
+    assert "left out: tf32" in text and "99.900%" in text
+    head = {"device": "a machine", "versions": {"torch": "2"}}
+    head["protocols"] = {"cityscapes_r50": asdict(PROTOCOLS["cityscapes_r50"])}
+    assert end_to_end_report.draw(head, rows).startswith(b"\x89PNG")
+    assert end_to_end_report.draw(head, rows[1:]).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--models", "r50"], "r50: choose of cityscapes_r50"),
+        (["--checkpoint", "a.pth"], "name it by --models"),
+        (["--device", "tpu"], "--device"),
+    ],
+)
+def test_wrong_options(options, reason, capsys):
+    with pytest.raises(SystemExit):
+        end_to_end.parse_arguments(options)
+    assert reason in capsys.readouterr().err
+
+
+def test_no_checkpoint(tmp_path, capsys):
+    options = ["--models", "ade20k_r50", "--checkpoint", str(tmp_path / "none.pth")]
+    assert run(tmp_path, *options) == (1, None)
+    assert "none.pth" in capsys.readouterr().err
+
+
+def test_random_networks_label_with_regions():
+    """The same each time, and the point head changes some labels."""
+    config = load_config("ade20k_r50").model
+    config = replace(config, **end_to_end.TINY)
+    models = [inputs.network(config) for _ in range(2)]
+    images = inputs.images((1, 3, 64, 96), CPU)
+    refined = [Predictor(model)(images) for model in models]
+    assert torch.equal(*refined) and refined[0].unique().numel() > 20
+    coarse = Predictor(models[0])(images, refine=False)
+    assert 0.05 < (coarse != refined[0]).float().mean() < 0.9
+    assert (coarse[:, :, 1:] != coarse[:, :, :-1]).float().mean() < 0.2
+
+
+def other_side(monkeypatch, tmp_path, script):
+    path = tmp_path / "side.py"
+    path.write_text(script)
+    monkeypatch.setattr(peer, "SIDE", path)
+    model = tiny()
+    monkeypatch.setattr(peer.inputs, "network", lambda config: model)
+
+
+def test_beside_another_program(tmp_path, monkeypatch):
+    other_side(monkeypatch, tmp_path, OTHER_SIDE)
+    monkeypatch.setattr(peer, "OURS", {"ours": {}, "broken": {"fold": "no", "steps": 1}})
+    case = ("cityscapes_r50", "theirs", (32, 64), (40, 80), 3)
+    theirs, ours, broken = peer.compare_one(sys.executable, *case, compiled=True)
+    assert theirs.versions == {"mmsegmentation": "1.2.2"} and theirs.speedup == 1
+    assert theirs.ms_median == 50 and theirs.calls == ours.calls == 3
+    assert ours.speedup == pytest.approx(50 / ours.ms_median)
+    expected = Predictor(tiny())(inputs.images((1, 3, 32, 64), CPU), (40, 80))
+    assert ours.agreement == pytest.approx(np.mean(expected.numpy() == 3))
+    assert "steps" in broken.error
+    assert "times as fast" in peer.table([theirs, ours, broken])
+
+
+def test_turns_go_both_ways():
+    order = []
+    runs = {name: lambda name=name: order.append(name) or float(len(order)) for name in "ab"}
+    times = peer.take_turns(runs, 2)
+    assert "".join(order) == "baabba" and times == {"a": [3.0, 6.0], "b": [4.0, 5.0]}
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("import no_such_library", "No module named 'no_such_library'"),
+        ("raise SystemExit(7)", "exit status 7"),
+        ("print('{}', flush=True)", "exit status 0"),
+    ],
+)
+def test_a_peer_that_does_not_answer(tmp_path, monkeypatch, capsys, script, reason):
+    other_side(monkeypatch, tmp_path, script)
+    assert run(tmp_path, "--models", "--quick", "--peer", sys.executable) == (1, None)
+    assert reason in capsys.readouterr().err
+
+
+def test_no_such_python(tmp_path, capsys):
+    assert run(tmp_path, "--models", "--quick", "--peer", "/no/python")[0] == 1
+    assert "--peer /no/python: No such file" in capsys.readouterr().err
+
+
+def test_absent_operators_complain_only_when_called():
+    module = mmseg_side.AbsentOperators("mmcv._ext")
+    with pytest.raises(NotImplementedError, match="roi_align is not installed"):
+        module.roi_align()
+    assert not hasattr(module, "__path__")
+
+
+def gpu_check(tmp_path, **variables):
+    """The script, with a Python that notes its arguments and leaves the files it is told to."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        '#!/bin/sh\necho "ran $*"\n'
+        'for word; do case "$word" in run_dir=*) mkdir -p "${word#*=}"; cd "${word#*=}"\n'
+        "touch config.yaml environment.json report.md best.pth\n"
+        "printf 'iteration,images_per_second\\n20,100\\n40,80\\n' > metrics.csv;; esac; done\n"
+    )
+    fake.chmod(0o755)
+    return subprocess.run(
+        ["bash", ROOT / "benchmarks/gpu_check.sh", tmp_path / "out"],
+        env={**os.environ, "PYTHON": str(fake), "DEVICE": "cpu", **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_gpu_check_trains_for_the_minutes(tmp_path):
+    """100 images a second at first, then 80: 16 of them an iteration, four minutes."""
+    done = gpu_check(tmp_path, PARTS="camvid points", CAMVID_MINUTES="4")
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "camvid: 1200 iterations" in log
+    ran = [line for line in log.splitlines() if line.startswith("ran ")]
+    for words, count in (
+        *(("train.iterations=1200", 2), ("model.point_head=null", 1), ("evaluate.py", 6)),
+        ("benchmarks.points camvid_r50", 1),
+    ):
+        assert sum(words in line for line in ran) == count, words
+    with tarfile.open(tmp_path / "out" / "files.tar.gz") as packed:
+        assert "./camvid_r50_without/metrics.csv" in packed.getnames()
+    assert len(list((tmp_path / "out").iterdir())) <= 8
+
+
+def test_gpu_check_refuses_parts_that_are_not(tmp_path):
+    done = gpu_check(tmp_path, PARTS="bench end_to_ends")
+    assert done.returncode == 1 and "there is no part end_to_ends" in done.stderr
