@@ -241,7 +241,9 @@ def decode(
     logits = _planar(_widen(logits))
     # to a small size PyTorch rounds many classes otherwise than one, and three in any case
     small = any(sum(to) <= 128 for to in (image_size, size) if to is not None)
-    if logits.shape[1] <= 3 or small or not _by_class(logits):
+    few = logits.shape[1] <= 3 or small
+    # argmax knows the first NaN, which a comparison does not
+    if few or not _by_class(logits) or not logits.isfinite().all():
         return logits_to_labels(resample(resample(logits, image_size), size))
     # never a map of all classes at the size of the image
     planes = (resample(resample(p, image_size), size)[:, 0] for p in logits.split(1, dim=1))

@@ -1,5 +1,7 @@
 """The adaptive subdivision and the decoding of its result."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,6 +118,19 @@ def test_labels_are_the_argmax_of_logits(classes, image_size, size):
     assert labels.shape == (2, *(size or image_size or (16, 24)))
     argmax = logits[:, 0] > 0 if classes == 1 else logits.argmax(1)
     assert torch.equal(labels.long(), argmax.long())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_decode_takes_the_first_nan(value):
+    """As argmax; infinities become NaN where they are interpolated with weight 0."""
+    logits = torch.randn(1, 6, 20, 30)
+    logits[0, 3, 5, 5] = logits[0, 4, 5, 6] = logits[0, 0, 12, 12] = value
+    for sizes in ((None, None), ((80, 120), None), ((80, 120), (101, 131))):
+        expected = logits
+        for target in sizes:
+            expected = expected if target is None else resize(expected, target)
+        labels = ops.decode(logits, image_size=sizes[0], size=sizes[1])
+        assert torch.equal(labels.long(), expected.argmax(1))
 
 
 @pytest.mark.parametrize(("classes", "dtype"), [(256, torch.uint8), (300, torch.int64)])
