@@ -59,6 +59,10 @@ def sentences(verdicts: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def draw(head: Mapping[str, Any], rows: Sequence[Row]) -> bytes:
     """Images per second of each variant, a panel for each model: a PNG."""
     rows = [row for row in rows if not row["error"]]
@@ -81,7 +85,7 @@ def draw(head: Mapping[str, Any], rows: Sequence[Row]) -> bytes:
             range(len(group)), [row["images_per_second"] for row in group], color=colors
         )
         texts = [
-            f" {row['images_per_second']:.3g}/s, {row['ms_median']:.3g} ms,"
+            f" {row['images_per_second']:.3g}/s, {_ms(row['ms_median'])} ms,"
             f" {row['agreement']:.2%} same labels"
             for row in group
         ]

@@ -187,10 +187,12 @@ def draw(result: Mapping[str, Any]) -> bytes:
         _panel(axes, result, key)
         axes.set(xlabel="milliseconds per image, log scale", ylabel=f"{name}, %")
     panels[0].legend(fontsize=8, loc="lower right")
-    data = result["data"]
+    data, threads = result["data"], result["threads"]
+    # of a CPU's time; a GPU's does not depend on it
+    used = "" if result["driver"] else f"{threads} thread{'s' * (threads > 1)}, "
     figure.suptitle(
         f"{result['config']}: {data['measured']} images of {data['dataset']} {data['split']}, "
-        f"labelled with the points refined per step\n{result['device']}, {result['dtype']}, "
+        f"labelled with the points refined per step\n{result['device']}, {used}{result['dtype']}, "
         f"PyTorch {result['versions']['torch']}",
         fontsize=9,
     )
