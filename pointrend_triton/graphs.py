@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIMIT = 16  # graphs: each keeps the memory of its outputs, and they share that of all else
+from pointrend_triton import ops
+
+LIMIT = 16  # graphs: each keeps the memory of its inputs and outputs, and they share all else
 WARM_UP = 3  # runs before the capture, in which kernels are compiled and tuned
 
 
@@ -19,14 +21,19 @@ class Graph:
     Args:
         function: images, *arguments -> tensors.
         images: as those to come; copied.
-        pool: memory shared with other graphs, of which one runs at a time.
+        pool, stream: shared with other graphs, of which one runs at a time. Memory is used again
+            only on the stream that it was allocated for.
     """
 
     def __init__(
-        self, function: Callable[..., Any], images: Tensor, arguments: tuple[Any, ...], pool: Any
+        self,
+        function: Callable[..., Any],
+        images: Tensor,
+        arguments: tuple[Any, ...],
+        pool: Any,
+        stream: torch.cuda.Stream,
     ) -> None:
         self.images = images.clone()
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
@@ -46,7 +53,7 @@ class Graph:
 
 
 class Graphs:
-    """A function captured anew for each input size and each set of arguments.
+    """A function captured anew for each input size, set of arguments and choice of `ops.backend`.
 
     The first call of each takes several times as long; of more than LIMIT, the least recently used
     is dropped and captured again when it is needed. To be called from one thread and stream.
@@ -59,19 +66,20 @@ class Graphs:
     def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
         self.function = function
         self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device):
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.graphs: OrderedDict[Hashable, Graph] = OrderedDict()
 
     def __call__(self, images: Tensor, *arguments: Hashable) -> Any:
         """What the function returns, valid until the next call."""
-        key = (images.shape, arguments)
+        key = (images.shape, arguments, ops.backend.current())
         with torch.cuda.device(self.device):
             graph = self.graphs.get(key)
             if graph is None:
                 if len(self.graphs) >= LIMIT:
                     torch.cuda.synchronize()  # the one to be dropped may still be running
                     self.graphs.popitem(last=False)
-                graph = Graph(self.function, images, arguments, self.pool)
+                graph = Graph(self.function, images, arguments, self.pool, self.stream)
                 self.graphs[key] = graph
             self.graphs.move_to_end(key)
             return graph(images)

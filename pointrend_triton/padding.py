@@ -30,54 +30,69 @@ class PaddedMaps:
 
     def __init__(self, model: PointRend) -> None:
         self.model = model
-        # a tensor, so that what is compiled or captured reads it at each run
-        self.size = torch.zeros(2, dtype=torch.int64, device=next(model.parameters()).device)
-        self._outside: dict[Grid, Tensor] = {}
+        self.own = own = OwnPart(next(model.parameters()).device)
         backbone = model.backbone
         for conv in _windows(backbone.stem[3:]):  # the first reads the image, which is padded by 0
-            self._clear_before(conv, (2, 1))
-        self._clear_before(backbone.maxpool, (2, 1))  # after a ReLU, 0 is as good as -inf
+            own.clear_before(conv, (2, 1))
+        own.clear_before(backbone.maxpool, (2, 1))  # after a ReLU, 0 is as good as -inf
         for level in range(4):
             stride = 4 << level
             for conv in _windows(backbone.get_submodule(f"layer{level + 1}")):
-                self._clear_before(conv, (stride // conv.stride[0], 1))
+                own.clear_before(conv, (stride // conv.stride[0], 1))
             for conv in _windows(model.neck.fpn_convs[level]):
-                self._clear_before(conv, (stride, 1))
-            self._hook_head(model.coarse_head.scale_heads[level], stride)
+                own.clear_before(conv, (stride, 1))
+            own.hook_head(model.coarse_head.scale_heads[level], stride)
 
     def set_size(self, image_size: tuple[int, int]) -> None:
         """The (height, width) of the image's own part, for the runs that follow."""
-        for part, side in zip(self.size, image_size, strict=True):
+        for part, side in zip(self.own.size, image_size, strict=True):
             part.fill_(side)  # a number given to a launch: no copy to wait for
 
     def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W], padded by `pad` -> `PointRend.maps`, to be cut by `own_part`."""
-        self._outside = {}  # made once in each run, inside a compiled function or a graph
+        self.own.outside = {}  # made once in each run, inside a compiled function or a graph
         fine_map, coarse = self.model.maps(images)
-        self._outside = {}
+        self.own.outside = {}
         return fine_map, coarse
 
-    def _hook_head(self, head: Any, stride: int) -> None:
+
+class OwnPart:
+    """The image's own part of padded maps, and the hooks that let nothing else into it.
+
+    It does not know the model whose hooks hold it: a cycle would keep both until Python looks for
+    cycles.
+
+    Attributes:
+        size: (height, width) of the image; a tensor, so that what is compiled or captured reads it
+            at each run.
+        outside: where the cells of a grid are beyond the image, bool [h, w].
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.size = torch.zeros(2, dtype=torch.int64, device=device)
+        self.outside: dict[Grid, Tensor] = {}
+
+    def hook_head(self, head: Any, stride: int) -> None:
         factor = 1
         for module in head:
             if isinstance(module, nn.Upsample):
                 module.register_forward_pre_hook(partial(self._repeat_border, (stride, factor)))
                 factor *= 2
             else:
-                self._clear_before(module.conv, (stride, factor))
+                self.clear_before(module.conv, (stride, factor))
         if factor > 1:
             head.register_forward_hook(partial(self._fit, (stride, factor)))
 
-    def _clear_before(self, module: nn.Module, grid: Grid) -> None:
+    def clear_before(self, module: nn.Module, grid: Grid) -> None:
         module.register_forward_pre_hook(partial(self._clear, grid))
 
     def _clear(self, grid: Grid, module: nn.Module, args: tuple[Tensor]) -> None:
         (x,) = args
-        if grid not in self._outside:
+        if grid not in self.outside:
             rows, columns = self._extent(grid)
             down, across = _indices(x)
-            self._outside[grid] = (down[:, None] >= rows) | (across >= columns)
-        x.masked_fill_(self._outside[grid], 0)
+            self.outside[grid] = (down[:, None] >= rows) | (across >= columns)
+        x.masked_fill_(self.outside[grid], 0)
 
     def _repeat_border(self, grid: Grid, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = args

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class Predictor:
         graphs: capture CUDA graphs, one for each size of input (and of result, and `steps` and so
             on), whose first call takes several times as long; the least recently used of more than
             `graphs.LIMIT` is dropped. Network, refinement and labels are one graph; with `bucket`
-            the network is, and what follows is launched for each size.
+            the network is, and what follows is launched for each size. PyTorch's settings of
+            precision (TF32 and so on) stay those of the capture.
         bucket: pad images to multiples of this, itself a multiple of 32, so that sizes are few. The
             result is that of the unpadded network up to rounding.
 
@@ -47,6 +49,8 @@ class Predictor:
     Raises ValueError for a dtype, a bucket or graphs that cannot be.
     """
 
+    # whoever makes or calls it in inference mode may call it outside as well
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: PointRend,
@@ -72,13 +76,14 @@ class Predictor:
         self._maps: Callable[..., Any] = self._padded.maps if self._padded else self.model.maps
         if compile:
             self._maps = _compiled(self._maps)
-        self._whole: Callable[..., Any] = self._compute
+        # no method of its own: a cycle would keep the GPU's memory until Python looks for cycles
+        self._whole: Callable[..., Any] = partial(_whole, self.model, self._maps)
         if graphs and bucket:
             self._maps = Graphs(self._maps, self.device)
         elif graphs:
-            whole = Graphs(self._compute, self.device)
+            captured = Graphs(self._whole, self.device)
             # copied: the next call overwrites what a graph returns
-            self._whole = lambda *arguments: whole(*arguments).clone()
+            self._whole = lambda *arguments: captured(*arguments).clone()
 
     def __call__(
         self,
@@ -115,6 +120,7 @@ class Predictor:
         """Logits [B, C, H, W] at the input's size, of the predictor's dtype; see `__call__`."""
         return self._predict(images, "logits", None, steps, num_points, refine)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _predict(self, images: Tensor, *how: Any) -> Tensor:
         _check_images(images)
@@ -129,34 +135,10 @@ class Predictor:
             self._padded.set_size(image_size)
             maps = self._maps(pad(images, self.bucket))
             fine_map, coarse = (own_part(padded, image_size) for padded in maps)
-            if (
-                coarse.shape[2:] == image_size
-            ):  # of one pixel: it may be the result, so not a graph's
+            if coarse.shape[2:] == image_size:
+                # of one pixel: it may be the result, and must not be a graph's
                 coarse = coarse.clone()
-            return self._finish(fine_map, coarse, image_size, *how)
-
-    def _compute(self, images: Tensor, *how: Any) -> Tensor:
-        fine_map, coarse = self._maps(images)
-        return self._finish(fine_map, coarse, (images.shape[2], images.shape[3]), *how)
-
-    def _finish(
-        self,
-        fine_map: Tensor,
-        coarse: Tensor,
-        image_size: tuple[int, int],
-        output: str,
-        size: tuple[int, int] | None,
-        steps: int | None,
-        num_points: int | None,
-        refine: bool,
-    ) -> Tensor:
-        if refine:
-            return self.model.refine(
-                fine_map, coarse, output, image_size, size, steps=steps, num_points=num_points
-            )
-        if output == "labels":
-            return ops.decode(coarse, image_size=image_size, size=size)
-        return reference.resample(coarse, image_size)
+            return _finish(self.model, fine_map, coarse, image_size, *how)
 
     def _check(self, graphs: bool) -> None:
         if self.dtype not in DTYPES:
@@ -183,6 +165,31 @@ def fold_batch_norm(model: nn.Module) -> None:
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 module._modules[name] = fuse_conv_bn_eval(conv, norm).requires_grad_(False)
                 module._modules[after] = nn.Identity()
+
+
+def _whole(model: PointRend, maps: Callable[..., Any], images: Tensor, *how: Any) -> Tensor:
+    fine_map, coarse = maps(images)
+    return _finish(model, fine_map, coarse, (images.shape[2], images.shape[3]), *how)
+
+
+def _finish(
+    model: PointRend,
+    fine_map: Tensor,
+    coarse: Tensor,
+    image_size: tuple[int, int],
+    output: str,
+    size: tuple[int, int] | None,
+    steps: int | None,
+    num_points: int | None,
+    refine: bool,
+) -> Tensor:
+    if refine:
+        return model.refine(
+            fine_map, coarse, output, image_size, size, steps=steps, num_points=num_points
+        )
+    if output == "labels":
+        return ops.decode(coarse, image_size=image_size, size=size)
+    return reference.resample(coarse, image_size)
 
 
 def _compiled(maps: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -364,7 +366,7 @@ class FakeGraph:
 
     captured = []
 
-    def __init__(self, function, images, arguments, pool):
+    def __init__(self, function, images, arguments, pool, stream):
         self.function, self.arguments, self.pool = function, arguments, pool
         self.images = images.clone()
         self.outputs = function(self.images, *arguments)
@@ -398,6 +400,7 @@ def fake_graphs(monkeypatch):
 
     handles = itertools.count()
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", Nowhere)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(graphs, "Graph", FakeGraph)
@@ -436,6 +439,14 @@ def test_graphs_of_padded_sizes(fake_graphs):
     assert all(torch.equal(ours, theirs) for ours, theirs in kept)
 
 
+def test_a_graph_holds_for_one_backend(fake_graphs):
+    ready, images = Predictor(network(), graphs=True), draw((33, 65))
+    for backend in ("reference", "auto", "reference"):
+        with ops.backend(backend):
+            ready(images)
+    assert len(fake_graphs) == 2
+
+
 def test_the_least_recently_used_graph_is_dropped(fake_graphs, monkeypatch):
     monkeypatch.setattr(graphs, "LIMIT", 2)
     cache = graphs.Graphs(lambda images: images + 1, torch.device("cpu"))
@@ -454,6 +465,34 @@ def test_a_failed_capture_leaves_nothing(fake_graphs):
     with pytest.raises(RuntimeError, match="out of memory"):
         cache(torch.zeros(1))
     assert not cache.graphs
+
+
+@pytest.mark.parametrize("bucket", [None, 32])
+@pytest.mark.parametrize("use_graphs", [False, True])
+def test_inference_mode_around_it_or_not(bucket, use_graphs, fake_graphs):
+    with torch.inference_mode():
+        ready = Predictor(network(), bucket=bucket, graphs=use_graphs)
+        images = draw((37, 50))
+        first = ready(images)
+    second = ready(images)
+    second += 1  # an ordinary tensor
+    with torch.inference_mode():
+        assert torch.equal(ready(images), first)
+    assert torch.equal(second, first + 1)
+
+
+@pytest.mark.parametrize("bucket", [None, 32])
+@pytest.mark.parametrize("use_graphs", [False, True])
+def test_it_is_gone_when_the_last_name_is(bucket, use_graphs, fake_graphs):
+    ready = Predictor(network(), bucket=bucket, graphs=use_graphs)
+    ready(draw((37, 50)))
+    model = weakref.ref(ready.model)
+    gc.disable()
+    try:
+        del ready
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("bucket", [None, 32])
@@ -542,6 +581,23 @@ def test_graphs_dropped_and_two_predictors(bucket, monkeypatch, exact_convolutio
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bucket", [None, 32])
+def test_graphs_share_their_memory(bucket):
+    ready = Predictor(on_gpu(), bucket=bucket, graphs=True)
+    ready(draw((512, 512)))  # what tuning and libraries keep is there from now on
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    ready(draw((512, 544)))
+    torch.cuda.empty_cache()
+    one = torch.cuda.memory_reserved() - before
+    for width in (576, 608, 640, 672):
+        ready(draw((512, width)))
+    torch.cuda.empty_cache()
+    # all five keep inputs and outputs of their own, and no activations
+    assert torch.cuda.memory_reserved() - before < 2 * one + 2**26
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bucket", [None, 32])
 @pytest.mark.parametrize("use_graphs", [False, True])
 def test_nothing_waits_for_the_gpu(use_graphs, bucket):
     ready = Predictor(on_gpu(), graphs=use_graphs, bucket=bucket)
@@ -558,14 +614,15 @@ def test_nothing_waits_for_the_gpu(use_graphs, bucket):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("bucket", [None, 32])
 def test_compiled_on_the_gpu(bucket, exact_convolutions):
     torch._dynamo.reset()
     model = on_gpu()
     plain = Predictor(model, bucket=bucket)
-    for how in ({}, {"graphs": True}, {"dtype": torch.bfloat16, "graphs": True}):
+    for how in ({"graphs": True}, {"dtype": torch.bfloat16, "graphs": True}):
         ready = Predictor(model, compile=True, bucket=bucket, **how)
-        for size in [(33, 65), (97, 130), (64, 96)]:
+        for size in [(33, 65), (97, 130)]:
             images = draw(size)
             theirs = plain.logits(images, refine=False)
             error = (ready.logits(images, refine=False) - theirs).abs().max()
