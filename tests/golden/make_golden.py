@@ -7,7 +7,7 @@ It needs an environment of its own, made from the package index alone:
     .peer/bin/pip install "setuptools<81" wheel torch==2.13.0 numpy==1.26.4
     .peer/bin/pip install --no-build-isolation \\
         mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0 \\
-        ftfy==6.3.1 regex einops==0.8.2 numpy==1.26.4 opencv-python==4.11.0.86
+        ftfy==6.3.1 regex einops==0.8.2 numpy==1.26.4 opencv-python==4.11.0.86 tqdm
 
 and then
 
