@@ -10,7 +10,7 @@
 
 CONFIG says which data and which protocol; the network is what CHECKPOINT holds, except that the
 steps and points of the subdivision are CONFIG's: they leave no trace in tensors. mmsegmentation's
-published checkpoints load as they are.
+published checkpoints load as they are. float32 is without TF32, as published; --amp is faster.
 
 Scores are percentages over the whole split, images at their own size:
   IoU, Acc     per class; mIoU and mAcc their means, aAcc over all pixels (as mmsegmentation)
@@ -28,6 +28,7 @@ import functools
 import hashlib
 import shlex
 import sys
+import tempfile
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
@@ -36,27 +37,25 @@ from typing import Any
 
 import torch
 
+from pointrend_triton.arguments import UsageError, positive
 from pointrend_triton.checkpoint import CheckpointError, from_checkpoint, read_checkpoint
 from pointrend_triton.config import Config, ConfigError, load_config
 from pointrend_triton.data import DataError, SegmentationDataset, build_dataset
 from pointrend_triton.distributed import World, gather, joined
 from pointrend_triton.environment import environment
-from pointrend_triton.html_report import ImageScores, collect, write_report
+from pointrend_triton.html_report import collect, write_report
 from pointrend_triton.inference import (
     WARMUP_IMAGES,
     Speed,
     evaluate_dataset,
     example_picture,
+    full_float32,
     measure_speed,
 )
 from pointrend_triton.metrics import SegmentationMetrics
 from pointrend_triton.models.pointrend import PointRend
 from pointrend_triton.report import result, tables, to_json
 from pointrend_triton.visualize import colorize, save_png, write_atomic
-
-
-class UsageError(ValueError):
-    """Arguments that do not fit each other or the files they name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 world = stack.enter_context(joined(args.device))
             except ValueError as error:
                 raise UsageError(f"--device {error}") from None
+            # float32 as published: on a V100, which has no TF32
+            stack.enter_context(full_float32())
             evaluate(args, world)
     except (UsageError, ConfigError, DataError, CheckpointError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
@@ -118,12 +119,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
 def evaluate(args: argparse.Namespace, world: World) -> None:
     if args.json and args.json.is_dir():
         raise UsageError(f"--json {args.json} is a folder; it must name a file")
@@ -154,15 +149,20 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     metrics: dict[str, SegmentationMetrics] = {}
     speeds: dict[str, Speed] = {}
     image_scores: dict[str, dict[int, float]] = {}
+    for folder in (args.report, args.json and args.json.parent):
+        if folder:
+            check_writable(folder)
     for method in methods:
         folder = args.save / method if args.save and args.both else args.save
-        scorer = ImageScores(dataset)
-        uses = [saver(dataset, folder)] if folder else []
-        uses += [scorer] if args.report else []
+        own: dict[int, float] = {}
         metrics[method] = run(
-            coarse=method == "coarse", indices=chosen, on_prediction=each(uses), world=world
+            coarse=method == "coarse",
+            indices=chosen,
+            on_prediction=saver(dataset, folder) if folder else None,
+            on_score=functools.partial(keep_miou, own) if args.report else None,
+            world=world,
         )
-        image_scores[method] = dict(ChainMap(*gather(scorer.miou)))
+        image_scores[method] = dict(ChainMap(*gather(own)))
         if args.speed and world.is_main:
             images = min(200, WARMUP_IMAGES + (args.limit or 200))
             speeds[method] = measure_speed(
@@ -188,13 +188,13 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     record["results"] = {
         method: result(dataset.classes, metrics[method], speeds.get(method)) for method in methods
     }
+    if args.json:
+        write_atomic(args.json, to_json(record))
     if args.report:
         examples = collect(model, dataset, scale, image_scores, functools.partial(predict, run))
         confusions = {method: counted.confusion for method, counted in metrics.items()}
         path = write_report(args.report, record, confusions, examples, dataset.palette)
         print(f"\n{path}")
-    if args.json:
-        write_atomic(args.json, to_json(record))
 
 
 def load_model(path: Path, config: Config, dataset: SegmentationDataset, both: bool) -> PointRend:
@@ -231,14 +231,15 @@ def choose_images(dataset: SegmentationDataset, glob: str | None, limit: int | N
     return chosen[:limit]
 
 
-def each(calls: Sequence[Callable[[int, Any], None]]) -> Callable[[int, Any], None]:
-    """Calls every one of them."""
+def keep_miou(scores: dict[int, float], index: int, counted: SegmentationMetrics) -> None:
+    """Of one image, in percent; NaN where every pixel is ignored."""
+    scores[index] = counted.compute()["miou"]
 
-    def call_all(index: int, prediction: Any) -> None:
-        for call in calls:
-            call(index, prediction)
 
-    return call_all
+def check_writable(folder: Path) -> None:
+    """OSError if no file can be made in the folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def predict(run: Callable[..., Any], index: int, method: str) -> Any:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 Image = npt.NDArray[np.uint8]
 Transform = Callable[[Image], Tensor]
 Scale = tuple[int, int]
-Sample = TypeVar("Sample")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # the published speeds leave out this many images: the first ones pay for allocation and tuning
 WARMUP_IMAGES = 5
@@ -158,6 +159,7 @@ def evaluate_dataset(
     workers: int = 2,
     progress: bool = True,
     on_prediction: Callable[[int, Image], None] | None = None,
+    on_score: Callable[[int, SegmentationMetrics], None] | None = None,
     world: World | None = None,
 ) -> SegmentationMetrics:
     """The metrics of a model on a data set, every image judged at its own size.
@@ -175,6 +177,7 @@ def evaluate_dataset(
         workers: threads that load and score while the model runs.
         progress: show a progress bar, if standard error is a terminal.
         on_prediction: called in order with each image's index and labels [H,W].
+        on_score: called in order with each image's index and the metrics of it alone.
         world: share the images out over its ranks, which must all call this; each predicts its own
             and gets the metrics of all.
 
@@ -190,12 +193,18 @@ def evaluate_dataset(
         progress = progress and world.is_main
     num_classes = max(2, model.config.num_classes)
     metrics = SegmentationMetrics(num_classes, boundary)
-    scoring: deque[Future[SegmentationMetrics]] = deque()
+    scoring: deque[tuple[int, Future[SegmentationMetrics]]] = deque()
 
     def score(prediction: Image, label: Image) -> SegmentationMetrics:
         counts = SegmentationMetrics(num_classes, boundary)
         counts.update(prediction, label)
         return counts
+
+    def count_next() -> None:
+        index, scored = scoring.popleft()
+        metrics.merge(scored.result())
+        if on_score is not None:
+            on_score(index, scored.result())
 
     def prepare(index: int) -> tuple[Image, Image, Tensor | None]:
         image, label = dataset.load(index)
@@ -206,22 +215,23 @@ def evaluate_dataset(
     workers = max(1, workers)
     bar = tqdm(total=len(chosen), unit="image", leave=False, disable=None if progress else True)
     with bar, evaluation_mode(model), ThreadPoolExecutor(workers) as pool:
-        samples = _ahead(pool, prepare, chosen, workers)
-        for index, (image, label, inputs) in zip(chosen, samples, strict=True):
+        samples = ahead(pool, prepare, chosen, workers)
+        for index, sample in zip(chosen, samples, strict=True):
+            image, label, inputs = sample.result()
             if inputs is None:
                 transforms = _transforms(scale, image, True)
                 labels = predict_multi_scale(model, image, transforms, coarse=coarse, amp=amp)
             else:
                 labels = _predict(model, inputs[None], image.shape[:2], coarse, amp)
             prediction = labels.cpu().numpy()
-            scoring.append(pool.submit(score, prediction, label))
+            scoring.append((index, pool.submit(score, prediction, label)))
             if on_prediction is not None:
                 on_prediction(index, prediction)
             if len(scoring) > workers:
-                metrics.merge(scoring.popleft().result())
+                count_next()
             bar.update()
-        for counts in scoring:
-            metrics.merge(counts.result())
+        while scoring:
+            count_next()
     if world is not None:
         metrics.all_reduce()
     return metrics
@@ -341,6 +351,32 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """float32 without TF32, which PyTorch lets a GPU's convolutions use by default."""
+    matmul = torch.backends.cuda.matmul
+    # not allow_tf32, which raises where the setting was made by this name
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], count: int
+) -> Iterator[Future[Result]]:
+    """`function` of each item, in order; up to `count` of them run ahead of their use."""
+    remaining = iter(items)
+    running = deque(pool.submit(function, item) for item in itertools.islice(remaining, count))
+    while running:
+        future = running.popleft()
+        running.extend(pool.submit(function, item) for item in itertools.islice(remaining, 1))
+        yield future
+
+
 @torch.no_grad()
 def _predict(
     model: PointRend, images: Tensor, size: tuple[int, int], coarse: bool, amp: bool
@@ -377,18 +413,6 @@ def _transforms(scale: Scale | None, image: Image, multi_scale: bool) -> list[Tr
     height, width = image.shape[:2]
     base = scale or (max(height, width), min(height, width))
     return [TestTransform(enlarged) for enlarged in multi_scale_sizes(base)]
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, prepare: Callable[[int], Sample], indices: Sequence[int], count: int
-) -> Iterator[Sample]:
-    """`prepare` of each index, in order; up to `count` of them run ahead of their use."""
-    remaining = iter(indices)
-    running = deque(pool.submit(prepare, index) for index in itertools.islice(remaining, count))
-    while running:
-        sample = running.popleft().result()
-        running.extend(pool.submit(prepare, index) for index in itertools.islice(remaining, 1))
-        yield sample
 
 
 def _device(model: torch.nn.Module) -> torch.device:

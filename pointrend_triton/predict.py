@@ -20,8 +20,9 @@ Folders are read with all that is below them, except hidden files and what is no
 its suffix. Pictures are turned as their EXIF data say, alpha is dropped, and of 16 bits per channel
 the upper 8 count. A video (mp4, mov, avi, mkv, webm, as far as OpenCV reads it) gives an MPEG-4
 overlay without sound, and numbered pictures of the other kinds: DIR/labels/drive/000001.png.
-Results of an earlier run are replaced, inputs never. A file that cannot be read does not stop the
-others: it is named at the end, and the exit status is 1.
+Results of an earlier run are replaced, inputs never: DIR must not hold them, nor a classes.csv of
+other classes. A file that cannot be read or written does not stop the others: it is named at the
+end, and the exit status is 1. Only a full disk stops them all.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import errno
 import io
 import itertools
 import os
@@ -36,22 +38,24 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from pointrend_triton.arguments import UsageError, positive
 from pointrend_triton.checkpoint import CheckpointError, from_checkpoint
 from pointrend_triton.config import load_config
 from pointrend_triton.data import DataError, ade20k, cityscapes
 from pointrend_triton.data.io import default_colour
-from pointrend_triton.inference import pick_device
+from pointrend_triton.inference import ahead, full_float32, pick_device
 from pointrend_triton.models.pointrend import PointRend
 from pointrend_triton.predictor import Predictor
 from pointrend_triton.segment import KINDS, Prediction, Prepared, Segmenter, draw
@@ -61,18 +65,15 @@ from pointrend_triton.visualize import save_png, write_atomic
 
 Image = npt.NDArray[np.uint8]
 Scale = tuple[int, int]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # the published data sets, by a configuration that has their test scale
 PUBLISHED = {"cityscapes_r50": cityscapes, "ade20k_r50": ade20k}
 # threads that read and as many that write while the network runs
 WORKERS = min(4, os.cpu_count() or 1)
-
-
-class UsageError(ValueError):
-    """Arguments that do not fit each other or the files they name."""
+# what one file may fail with while the others go on, unless the disk is full
+FAILURES = (DataError, OSError, MemoryError, UnicodeError, cv2.error)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Classes(NamedTuple):
@@ -112,22 +113,32 @@ class Job:
             else:
                 save_png(target(self.out, kind, source) / f"{number:06}.png", picture)
 
+    def remove_frames(self, source: Source, number: int) -> None:
+        """Those of an earlier, longer run, from this one on."""
+        for kind in set(self.kinds) - {"overlay"}:
+            folder = target(self.out, kind, source)
+            frames = (folder / f"{later:06}.png" for later in itertools.count(number))
+            for frame in itertools.takewhile(Path.exists, frames):
+                frame.unlink()
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
+    failures: list[str] = []
+    status = 0
     try:
-        failures = predict(args)
+        predict(args, failures)
     except (UsageError, CheckpointError, DataError, OSError) as error:
         print(f"predict: {error}", file=sys.stderr)
-        return 1
+        status = 1
     except KeyboardInterrupt:
         print(f"predict: interrupted; what is in {args.out} is whole", file=sys.stderr)
-        return 130
+        status = 130
     if failures:
         print(f"predict: {len(failures)} could not be predicted:", file=sys.stderr)
         for failure in failures:
             print(f"  {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return status or int(bool(failures))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -179,7 +190,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="what the network computes in; default: float32, as published",
+        help="what the network computes in; default: float32, as published: without TF32. bfloat16 "
+        "is faster on most GPUs",
     )
     add(
         "--compile",
@@ -187,12 +199,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="torch.compile the network: pays off for many pictures of one size, or a video",
     )
     return parser.parse_args(argv)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
 
 
 def scale(text: str) -> Scale | str | None:
@@ -216,12 +222,13 @@ def tile_size(text: str) -> int | str:
     return int(text)
 
 
-def predict(args: argparse.Namespace) -> list[str]:
-    """Writes all results -> why inputs failed, a line for each."""
+def predict(args: argparse.Namespace, failures: list[str]) -> None:
+    """Writes all results; `failures` gets a line for each input that failed."""
     kinds = tuple(dict.fromkeys(args.write))
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out {args.out} is a file; it must name a folder")
     sources = find(args.inputs, [args.out / kind for kind in KINDS])
+    check_out(sources, args.out)
     check_targets(sources, args.out, kinds)
     try:
         device = pick_device(args.device)
@@ -230,14 +237,22 @@ def predict(args: argparse.Namespace) -> list[str]:
     model = from_checkpoint(args.checkpoint)
     check_refinement(args, model, kinds)
     classes = describe(model)
+    check_classes(args.out / "classes.csv", table(classes))
     if args.scale == "auto":
         args.scale = published_scale(classes.published)
     print(introduction(args, model, classes, device))
 
-    predictor = Predictor(model.to(device), dtype=DTYPES[args.dtype], compile=args.compile)
+    try:
+        predictor = Predictor(model.to(device), dtype=DTYPES[args.dtype], compile=args.compile)
+    except torch.OutOfMemoryError:
+        raise UsageError(
+            f"--device {device}: too little of its memory is free for the network alone; another "
+            "process may hold it"
+        ) from None
     write_atomic(args.out / "classes.csv", table(classes))
     start = time.perf_counter()
-    with tqdm(total=0, unit="image", leave=False, disable=None) as bar:
+    bar = tqdm(total=0, unit="image", leave=False, disable=None)
+    with bar, full_float32(), compiler_errors(args.compile):
         segmenter = Segmenter(
             predictor,
             kinds,
@@ -248,45 +263,44 @@ def predict(args: argparse.Namespace) -> list[str]:
             refine=not args.coarse,
             on_tile=lambda number, count: bar.set_postfix_str(f"tile {number} of {count}"),
         )
-        done, failures = predict_all(Job(segmenter, classes.colours, kinds, args.out), sources, bar)
+        job = Job(segmenter, classes.colours, kinds, args.out)
+        done = predict_all(job, sources, bar, failures)
     seconds = time.perf_counter() - start
     places = ", ".join(str(args.out / kind) for kind in kinds)
     images = "image" if done == 1 else "images"
     print(f"{done} {images} in {seconds:.1f} s, {done / seconds:.2f} images/s: {places}")
-    return failures
 
 
-def predict_all(job: Job, sources: Sequence[Source], bar: Any) -> tuple[int, list[str]]:
-    """Pictures, then videos -> how many images, and why some failed."""
+def predict_all(job: Job, sources: Sequence[Source], bar: Any, failures: list[str]) -> int:
+    """Pictures, then videos -> how many images; `failures` gets why others failed."""
     pictures = [source for source in sources if not source.is_video]
     bar.total = len(pictures)
-    failures = predict_pictures(job, pictures, bar)
-    done = len(pictures) - len(failures)
+    done = predict_pictures(job, pictures, bar, failures)
     for source in sources:
         if source.is_video:
-            try:
+            with noting(source.path, failures):
                 done += predict_video(job, source, bar)
-            except DataError as error:
-                failures.append(str(error))
-    return done, failures
+    return done
 
 
-def predict_pictures(job: Job, sources: Sequence[Source], bar: Any) -> list[str]:
-    """Reads, predicts and writes pictures -> why some failed."""
-    failures = []
+def predict_pictures(job: Job, sources: Sequence[Source], bar: Any, failures: list[str]) -> int:
+    """Reads, predicts and writes pictures -> how many; `failures` gets why others failed."""
+    before = len(failures)
+
+    def write(source: Source, prediction: Prediction) -> None:
+        with noting(source.path, failures):
+            job.write(source, prediction)
+
     with threads(WORKERS) as reading, threads(WORKERS) as writing:
         results = Bounded(writing)
-        for source, loading in zip(sources, ahead(reading, job.load, sources), strict=True):
-            try:
-                prediction = job.segmenter(loading.result())
-            except (DataError, OSError) as error:
-                failures.append(naming(source.path, error))
-            else:
-                results.submit(job.write, source, prediction)
+        prepared = ahead(reading, job.load, sources, WORKERS)
+        for source, loading in zip(sources, prepared, strict=True):
+            with noting(source.path, failures):
+                results.submit(write, source, job.segmenter(loading.result()))
             bar.set_postfix_str("", refresh=False)
             bar.update()
         results.finish()
-    return failures
+    return len(sources) - (len(failures) - before)
 
 
 def predict_video(job: Job, source: Source, bar: Any) -> int:
@@ -307,26 +321,54 @@ def predict_video(job: Job, source: Source, bar: Any) -> int:
             threads(1) as writing,
         ):
             results = Bounded(writing)
-            for loading in ahead(reading, load, itertools.count()):
+            for loading in ahead(reading, load, itertools.count(), WORKERS):
                 prepared = loading.result()
                 if prepared is None:
                     break
                 count += 1
-                try:
-                    prediction = job.segmenter(prepared)
-                except DataError as error:
-                    raise DataError(naming(source.path, error)) from None
-                results.submit(job.write_frame, source, video, count, prediction)
+                results.submit(job.write_frame, source, video, count, job.segmenter(prepared))
                 bar.update()
             results.finish()
         if not count:
             raise DataError(f"{source.path}: OpenCV can decode none of its frames")
+        job.remove_frames(source, count + 1)
         if count < reader.frames:
             tqdm.write(
                 f"note: {source.path} announces {reader.frames} frames, {count} could be read",
                 file=sys.stderr,
             )
     return count
+
+
+@contextlib.contextmanager
+def noting(path: Path, failures: list[str]) -> Iterator[None]:
+    """Why this file fails goes to `failures`, and the others go on; a full disk stops all."""
+    try:
+        yield
+    except FAILURES as error:
+        if getattr(error, "errno", None) in FULL:
+            raise
+        failures.append(naming(path, error))
+
+
+@contextlib.contextmanager
+def compiler_errors(compiled: bool) -> Iterator[None]:
+    """UsageError where --compile fails, as without a C++ compiler."""
+    try:
+        yield
+    except RuntimeError as error:
+        # asked here only, as importing them takes long
+        if not compiled or not isinstance(error, _compiler_errors()):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"--compile is not possible here: {reason}") from error
+
+
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return InductorError, TorchDynamoException
 
 
 @contextlib.contextmanager
@@ -338,18 +380,6 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor]:
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-
-
-def ahead(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[Future[Result]]:
-    """`function` of each item, in order; a few of them run ahead of their use."""
-    remaining = iter(items)
-    running = deque(pool.submit(function, item) for item in itertools.islice(remaining, WORKERS))
-    while running:
-        future = running.popleft()
-        running.extend(pool.submit(function, item) for item in itertools.islice(remaining, 1))
-        yield future
 
 
 class Bounded:
@@ -375,6 +405,25 @@ def target(out: Path, kind: str, source: Source) -> Path:
     if source.is_video and kind != "overlay":
         return path
     return path.with_name(f"{path.name}.{'mp4' if source.is_video else 'png'}")
+
+
+def check_out(sources: Sequence[Source], out: Path) -> None:
+    """UsageError if an input lies in --out, where its neighbours may be labels drawn by hand."""
+    # as it is written and without symbolic links
+    places = {out.absolute(), out.resolve()}
+    for source in sources:
+        if not places.isdisjoint([*source.path.absolute().parents, *source.path.resolve().parents]):
+            raise UsageError(
+                f"--out {out} holds the input {source.path}; choose a folder of its own for results"
+            )
+
+
+def check_classes(path: Path, ours: bytes) -> None:
+    """UsageError if the list of classes is there and another one."""
+    if path.exists() and path.read_bytes() != ours:
+        raise UsageError(
+            f"{path} lists other classes than this network's; choose another --out, or remove it"
+        )
 
 
 def check_targets(sources: Sequence[Source], out: Path, kinds: Sequence[str]) -> None:
@@ -463,7 +512,7 @@ def table(classes: Classes) -> bytes:
 
 def naming(path: Path, error: Exception) -> str:
     """The error, with the file that it is about at the front."""
-    text = str(error)
+    text = str(error) or type(error).__name__
     return text if text.startswith(str(path)) else f"{path}: {text}"
 
 

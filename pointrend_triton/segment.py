@@ -116,9 +116,10 @@ class Segmenter:
         for tile in prepared.choices:
             try:
                 return self._predict(prepared, tile)
-            except torch.OutOfMemoryError:
-                # outside of this block, the failed pass still holds its memory
-                pass
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+            # not within the block, where the failed pass still holds its memory
             torch.cuda.empty_cache()
         height, width = prepared.resized.shape[:2]
         raise DataError(
@@ -209,6 +210,13 @@ def draw(kind: str, prediction: Prediction, colours: Image) -> Array:
 def _overlay(image: Image, labels: Array, colours: Image) -> Image:
     # as visualize.overlay, in 8 bits; a prediction has no ignored pixels
     return np.asarray(cv2.addWeighted(image, 0.5, colours[labels], 0.5, 0), np.uint8)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # PyTorch has a class of its own for a GPU's memory alone
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "can't allocate memory" in str(error)
+    )
 
 
 def _normalised(image: Image) -> Tensor:

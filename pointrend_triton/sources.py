@@ -71,7 +71,10 @@ def _listed(text: str) -> Iterator[Source]:
     if not glob.has_magic(text):
         raise MissingDataError(f"{text}: no such file or folder")
     root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-    matches = {*root.glob(str(path.relative_to(root)))}
+    try:
+        matches = {*root.glob(str(path.relative_to(root)))}
+    except ValueError as error:  # as of "**.png", before Python 3.13
+        raise DataError(f"{text}: no such pattern can be: {error}") from None
     if not matches:
         raise MissingDataError(f"{text}: matches no file")
     below = {file for match in matches if match.is_dir() for file in match.rglob("*")}

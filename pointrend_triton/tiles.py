@@ -189,14 +189,36 @@ def _free_memory() -> int:
         return 4 * 2**30
 
 
-def _group_limit() -> int:
-    """What a container may still take; without a limit, more than there is."""
-    folder = Path("/sys/fs/cgroup")
+def _group_limit(root: Path = Path("/")) -> int:
+    """What this process's control groups may still take; without a limit, more than there is."""
     try:
-        limit = int((folder / "memory.max").read_text())
-        lines = (folder / "memory.stat").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return 2**63
+    left = [2**63]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            base, limit, anonymous = root / "sys/fs/cgroup", "memory.max", "anon"
+        elif "memory" in controllers.split(","):
+            base, limit = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            anonymous = "total_rss"
+        else:
+            continue
+        # the groups around it limit it too; in a container, its path may be known outside only
+        group = base / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(base):
+                left.append(_left(folder, limit, anonymous))
+    return max(min(left), 0)
+
+
+def _left(group: Path, limit: str, anonymous: str) -> int:
+    try:
+        most = int((group / limit).read_text())
+        lines = (group / "memory.stat").read_text().splitlines()
         # the rest of what is in use are files, which are given up
-        used = next(int(line.split()[1]) for line in lines if line.startswith("anon "))
+        used = next(int(line.split()[1]) for line in lines if line.startswith(f"{anonymous} "))
     except (OSError, StopIteration, ValueError):
         return 2**63
-    return max(limit - used, 0)
+    return most - used

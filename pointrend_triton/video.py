@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +31,8 @@ class VideoReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._capture = cv2.VideoCapture(str(path))
+        # absolute: in a relative name, what stands before a colon is a protocol to FFmpeg
+        self._capture = cv2.VideoCapture(str(path.absolute()))
         if not self._capture.isOpened():
             raise DataError(
                 f"{path}: OpenCV cannot open this video: it is damaged, cut short, or of a codec "
@@ -62,7 +63,8 @@ class VideoWriter:
 
     def __init__(self, path: Path, fps: float) -> None:
         self.path, self.fps = path, fps
-        self._draft = path.with_name(f".{os.getpid()}.{path.name}")
+        # of this thread alone, and short where the name is as long as names may be
+        self._draft = path.absolute().with_name(f".{threading.get_native_id()}.mp4")
         self._writer: cv2.VideoWriter | None = None
         self._frames = 0
 

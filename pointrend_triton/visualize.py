@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -189,7 +190,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file that is never there by half, not even after an interrupt; folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    # of this thread alone, and short where the name is as long as names may be
+    draft = path.with_name(f".{path.name[:40]}.{threading.get_native_id()}")
     try:
         draft.write_bytes(data)
         draft.replace(path)

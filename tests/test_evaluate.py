@@ -50,7 +50,8 @@ def run(checkpoint, tmp_path):
 
     def run(*options, config="shapes_r18", file=checkpoint):
         output = tmp_path / "out" / "scores.json"
-        status = evaluate.main([config, str(file), *DATA, *options, "--json", str(output)])
+        given = [config, str(file), *DATA, "--device", "cpu", "--json", str(output)]
+        status = evaluate.main([*given, *options])
         return status, json.loads(output.read_text()) if output.exists() else None
 
     return run

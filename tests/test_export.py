@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -57,26 +55,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain_onnx(model: PointRend, folder: Path) -> Path:
+def onnx_packages() -> None:
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+
+
+@pytest.fixture(scope="module")
+def plain_onnx(onnx_packages: None, model: PointRend, folder: Path) -> Path:
     path = folder / "plain.onnx"
     export(model, path, batch=None)
     return path
 
 
 @pytest.fixture(scope="module")
-def limited_onnx(model: PointRend, folder: Path) -> Path:
+def limited_onnx(onnx_packages: None, model: PointRend, folder: Path) -> Path:
     path = folder / "limited.onnx"
     export(model, path, batch=None, output="logits", topk_limit=250)
     return path
 
 
 def run_onnx(path: Path, images: torch.Tensor) -> torch.Tensor:
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 def topk_counts(path: Path) -> list[int]:
     """K of every TopK, all of which must be constants."""
+    import onnx
+
     graph = onnx.load(path).graph
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     for node in graph.node:
@@ -103,6 +111,15 @@ def test_onnx_does_what_the_model_does_at_every_size(
     assert torch.equal(labels, model.predict(images))
 
 
+@pytest.mark.slow
+def test_onnx_of_a_fixed_size(onnx_packages: None, model: PointRend, tmp_path: Path) -> None:
+    export(model, tmp_path / "fixed.onnx", size=(40, 56), normalise=True, topk_limit=250)
+    pictures = exporting.example_pictures((1, 3, 40, 56))
+    mean, std = (torch.tensor(t).view(3, 1, 1) for t in (exporting.MEAN, exporting.STD))
+    expected = model.predict((pictures.float() - mean) / std)
+    assert torch.equal(run_onnx(tmp_path / "fixed.onnx", pictures), expected)
+
+
 @open_sizes
 @pytest.mark.slow
 def test_topk_of_onnx_is_constant_and_limited(plain_onnx: Path, limited_onnx: Path) -> None:
@@ -114,6 +131,8 @@ def test_topk_of_onnx_is_constant_and_limited(plain_onnx: Path, limited_onnx: Pa
 @open_sizes
 @pytest.mark.slow
 def test_onnx_says_what_it_is(model: PointRend, plain_onnx: Path) -> None:
+    import onnx
+
     written = onnx.load(plain_onnx)
     onnx.checker.check_model(written, full_check=True)
     (opset,) = written.opset_import  # one: nothing but ONNX's own operators
@@ -213,6 +232,24 @@ def test_topk_of_open_size_repeats_the_first_cell_on_small_grids() -> None:
         # what follows was chosen before
         assert indices.shape == (1, 50) and set(indices[0].tolist()) == set(expected)
         assert torch.equal(coords, reference.grid_coords(indices, height, width))
+
+
+def test_files_are_compared_without_tf32(model: PointRend) -> None:
+    seen = []
+    matmul = torch.backends.cuda.matmul
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        seen.append((torch.backends.cudnn.allow_tf32, matmul.fp32_precision))
+        return model.predict(images)
+
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        compared = exporting.compare(run, model, Exportable(model), (1, 3, 40, 56))
+        assert matmul.fp32_precision == "tf32" and torch.backends.cudnn.allow_tf32
+    finally:
+        matmul.fp32_precision = before
+    assert compared.labels == 1 and seen == [(False, "ieee")]
 
 
 @pytest.mark.parametrize("output", ["labels", "logits"])

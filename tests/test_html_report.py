@@ -22,7 +22,7 @@ from pointrend_triton.config import ModelConfig
 from pointrend_triton.data import build_dataset
 from pointrend_triton.data.shapes import Shapes
 from pointrend_triton.environment import environment
-from pointrend_triton.html_report import Example, ImageScores, examples, page, write_report
+from pointrend_triton.html_report import Example, examples, page, write_report
 from pointrend_triton.metrics import SegmentationMetrics
 
 HOSTILE = "<script>alert(1)</script>"
@@ -85,7 +85,8 @@ def checkpoint(tmp_path_factory):
 
 
 def run(checkpoint, folder, *options):
-    return evaluate.main(["shapes_r18", str(checkpoint), *DATA, "--report", str(folder), *options])
+    given = ["shapes_r18", str(checkpoint), *DATA, "--device", "cpu", "--report", str(folder)]
+    return evaluate.main([*given, *options])
 
 
 @pytest.fixture(scope="module")
@@ -186,18 +187,6 @@ def test_the_figures_are_those_of_the_result_file(written):
             assert f" {before['iou']:.2f} {after['iou']:.2f} " in shown
     assert record["checkpoint"]["sha256"] in shown and record["command"] in shown
     assert "5 of 5 images" in shown and "single scale" in shown
-
-
-def test_images_are_scored_one_by_one():
-    dataset = Shapes("val", 2, (32, 48))
-    scores = ImageScores(dataset)
-    label = dataset.load(1)[1]
-    scores(1, np.where(label == 255, 0, label))
-    scores(0, np.zeros((32, 48), np.uint8))
-    assert scores.miou[1] == 100
-    expected = SegmentationMetrics(8)
-    expected.update(np.zeros((32, 48), int), dataset.load(0)[1])
-    assert scores.miou[0] == expected.compute()["miou"]
 
 
 @pytest.mark.parametrize(
@@ -351,6 +340,8 @@ def test_reports_that_cannot_be(checkpoint, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(evaluate, "evaluate_dataset", no_work)
     (tmp_path / "file").write_text("")
+    assert run(checkpoint, tmp_path / "file" / "below") == 1
+    assert "Not a directory" in capsys.readouterr().err
     assert run(checkpoint, tmp_path / "file") == 1
     assert "--report" in (said := capsys.readouterr().err) and "must name a folder" in said
 
@@ -363,3 +354,12 @@ def test_reports_that_cannot_be(checkpoint, tmp_path, monkeypatch, capsys):
     assert run(checkpoint, tmp_path / "folder") == 1
     assert "--report needs labels; shapes val has none" in capsys.readouterr().err
     assert not Path(tmp_path / "folder").exists()
+
+
+def test_scores_are_kept_if_the_page_fails(checkpoint, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("the page failed")
+
+    monkeypatch.setattr(evaluate, "write_report", fail)
+    assert run(checkpoint, tmp_path, "--limit", "1", "--json", str(tmp_path / "scores.json")) == 1
+    assert json.loads((tmp_path / "scores.json").read_text())["results"]["refined"]["images"] == 1

@@ -190,13 +190,14 @@ def test_multi_scale_of_images_that_keep_their_size():
 @pytest.mark.parametrize("multi_scale", [False, True])
 def test_evaluate_dataset(model, multi_scale):
     data = Pictures(4)
-    predictions = []
+    predictions, scores = [], []
     metrics = inference.evaluate_dataset(
         model,
         data,
         (40, 32),
         multi_scale=multi_scale,
         on_prediction=lambda index, prediction: predictions.append((index, prediction)),
+        on_score=lambda index, counted: scores.append((index, counted)),
     )
     assert [index for index, _ in predictions] == [0, 1, 2]
     assert sorted(data.loaded) == [0, 1, 2]  # by threads, in any order
@@ -212,6 +213,12 @@ def test_evaluate_dataset(model, multi_scale):
         assert np.array_equal(prediction, again.numpy())
     np.testing.assert_array_equal(metrics.confusion, expected.confusion)
     np.testing.assert_array_equal(metrics.boundary_union, expected.boundary_union)
+    assert [index for index, _ in scores] == [0, 1, 2]
+    for (index, prediction), (_, counted) in zip(predictions, scores, strict=True):
+        alone = SegmentationMetrics(4)
+        alone.update(prediction, data.labels[index])
+        assert counted.images == 1
+        np.testing.assert_array_equal(counted.confusion, alone.confusion)
 
 
 def test_evaluate_dataset_limits_and_chooses(model):

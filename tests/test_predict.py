@@ -2,13 +2,16 @@
 
 import re
 import struct
+import tempfile
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 from pointrend_triton import Predictor, build_model, from_checkpoint, predict, segment, sources
 from pointrend_triton.data import TestTransform, ade20k, cityscapes, read_image
@@ -41,7 +44,8 @@ def run(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, file=checkpoint):
-        return predict.main([*map(str, arguments), "--checkpoint", str(file)])
+        given = ["--device", "cpu", "--checkpoint", str(file), *map(str, arguments)]
+        return predict.main(given)
 
     return run
 
@@ -142,6 +146,7 @@ def test_earlier_results_are_replaced_and_are_no_inputs(run, tmp_path, capsys):
     [
         (["there.png", "missing.png"], "missing.png: no such file or folder"),
         (["there.png", "x/*.png"], r"x/\*.png: matches no file"),
+        (["there.png", "x/**.png"], r"x/\*\*.png: (no such pattern can be|matches no file)"),
         (["empty"], r"empty: no picture or video in it; those end in \.avi, \.avif"),
         (["there.png", "a/there.jpg"], "there.png and a/there.jpg would both be written to pred"),
         (["v/clip.mp4", "b"], r"clip.mp4 and b/clip/000001.png would both be written into"),
@@ -158,12 +163,49 @@ def test_inputs_that_cannot_be_come_before_any_work(run, tmp_path, capsys, input
     assert not (tmp_path / "predictions").exists()
 
 
-def test_an_input_is_never_replaced(run, tmp_path, capsys):
-    path = save(tmp_path / "photos/overlay/a.png")
+@pytest.mark.parametrize(
+    ("inputs", "out"),
+    [
+        ("photos/images/a.png", "photos"),
+        ("photos", "photos/../photos/images"),
+        ("photos", "."),
+        ("link/images", "photos"),
+        ("photos", "link"),
+        ("elsewhere", "."),
+    ],
+)
+def test_no_results_where_inputs_are(run, tmp_path, capsys, inputs, out):
+    """In a data set of the project's own layout, labels/ holds the truth."""
+    path = save(tmp_path / "photos/images/a.png")
+    (tmp_path / "link").symlink_to("photos")
+    with tempfile.TemporaryDirectory() as other:
+        save(Path(other) / "b.png")
+        (tmp_path / "elsewhere").symlink_to(other)
+        assert run(inputs, "--out", out, "--write", "labels") == 1
+    assert re.search(rf"--out {out} holds the input .*\.png; choose", capsys.readouterr().err)
+    assert files(tmp_path) == [str(path.relative_to(tmp_path))]
+
+
+def test_an_input_that_a_link_leads_to_is_never_replaced(run, tmp_path, capsys):
+    path = save(tmp_path / "photos/a.png")
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions/overlay").symlink_to("../photos")
     before = path.read_bytes()
-    assert run("photos/overlay/a.png", "--out", "photos") == 1
-    assert "photos/overlay/a.png is an input and would be replaced" in capsys.readouterr().err
-    assert path.read_bytes() == before and files(tmp_path) == ["photos/overlay/a.png"]
+    assert run("photos/a.png") == 1
+    assert "overlay/a.png is an input and would be replaced" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_other_classes_are_not_replaced(run, tmp_path, capsys):
+    save(tmp_path / "a.png")
+    path = tmp_path / "predictions/classes.csv"
+    assert run("a.png") == 0 and run("a.png") == 0
+    theirs = path.read_text().replace("sky", "clouds")
+    path.write_text(theirs)
+    assert run("a.png", "--write", "labels") == 1
+    assert "classes.csv lists other classes than this network's" in capsys.readouterr().err
+    assert path.read_text() == theirs
+    assert files(path.parent) == ["classes.csv", "overlay/a.png"]
 
 
 def test_a_damaged_file_is_named_at_the_end(run, tmp_path, capsys):
@@ -204,10 +246,54 @@ def test_a_full_disk_stops_the_run(run, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    save(tmp_path / "a.png")
+    for name in "bcdefghijkl":
+        save(tmp_path / f"photos/{name}.png")
+    (tmp_path / "photos/a.png").write_bytes(b"no picture")
     monkeypatch.setattr(predict, "save_png", full)
-    assert run("a.png") == 1
-    assert "No space left on device" in capsys.readouterr().err
+    assert run("photos") == 1
+    printed = capsys.readouterr()
+    assert "No space left on device" in printed.err and " images in " not in printed.out
+    assert "photos/a.png: no picture" in printed.err  # what failed before is said too
+
+
+def test_a_result_that_cannot_be_written_is_named_at_the_end(run, tmp_path, capsys):
+    for name in ("a", "b" * 240, "c" * 253, "d"):  # ".png" is too much for one of them
+        image = save(tmp_path / f"photos/{name[:9]}.png")
+        image.rename(image.with_name(name))
+    write_video(tmp_path / "photos" / ("v" * 250 + ".mp4"), 2)
+    assert run(*(tmp_path / "photos").iterdir(), "--write", "labels", "overlay") == 1
+    printed = capsys.readouterr()
+    assert "5 images in" in printed.out
+    (failure,) = printed.err.splitlines()[1:]
+    assert "ccc" in failure and "File name too long" in failure
+    labels = files(tmp_path / "predictions/labels")
+    assert [name[0] for name in labels] == ["a", "b", "d", "v", "v"]
+    assert all(not path.name.startswith(".") for path in (tmp_path / "predictions").rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("width over 8191"), cv2.error("bad"), UnicodeError("name"), MemoryError()]
+)
+def test_a_bad_video_stops_no_other(run, tmp_path, capsys, monkeypatch, error):
+    for name in "ab":
+        write_video(tmp_path / f"{name}.mp4", 2)
+    write, calls = VideoWriter.write, []
+
+    def failing(self, frame):
+        calls.append(frame)
+        if len(calls) == 1:
+            raise error
+        write(self, frame)
+
+    monkeypatch.setattr(VideoWriter, "write", failing)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    assert run("broken.png", "a.mp4", "b.mp4") == 1
+    printed = capsys.readouterr()
+    assert "2 images in" in printed.out
+    _, picture, video = printed.err.splitlines()
+    assert picture.startswith("  broken.png: ")
+    assert video == f"  a.mp4: {str(error) or 'MemoryError'}"
+    assert files(tmp_path / "predictions/overlay") == ["b.mp4"]
 
 
 def one_bit_png(path, height, width, rows):
@@ -309,6 +395,21 @@ def test_no_half_video(run, tmp_path, monkeypatch, capsys):
     assert files(tmp_path / "predictions") == ["classes.csv"]
 
 
+def test_frames_of_a_longer_run_before_are_removed(run, tmp_path):
+    for count in (5, 3):
+        write_video(tmp_path / "drive.mp4", count)
+        assert run("drive.mp4", "--write", "labels", "color", "overlay") == 0
+    for kind in ("labels", "color"):
+        frames = [f"{number:06}.png" for number in (1, 2, 3)]
+        assert files(tmp_path / "predictions" / kind / "drive") == frames
+
+
+def test_a_name_with_a_colon_is_no_protocol(run, tmp_path):
+    write_video(tmp_path / "a.mp4", 2).rename(tmp_path / "12:30.mp4")
+    assert run("12:30.mp4", "--out", "1:2") == 0
+    assert files(tmp_path / "1:2/overlay") == ["12:30.mp4"]
+
+
 def test_frames_that_were_not_written_are_noticed(tmp_path):
     message = r"v\.mp4: only 1 of 2 frames could be written"
     with pytest.raises(OSError, match=message), VideoWriter(tmp_path / "v.mp4", 25) as video:
@@ -391,7 +492,15 @@ def test_tiles_give_every_kind_too(run, tmp_path):
     assert (found["64"]["labels"] == found["none"]["labels"]).mean() > 0.7
 
 
-def test_out_of_memory_goes_on_in_tiles(run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError("Unable to allocate 9 TiB for an array"),
+    ],
+)
+def test_out_of_memory_goes_on_in_tiles(run, tmp_path, monkeypatch, capsys, error):
     save(tmp_path / "large.png", picture(300, 400))
     save(tmp_path / "small.png", picture(200, 100))
     maps, seen = Predictor.__call__, []
@@ -399,7 +508,7 @@ def test_out_of_memory_goes_on_in_tiles(run, tmp_path, monkeypatch, capsys):
     def call(self, images, *args, **kwargs):
         seen.append(tuple(images.shape[2:]))
         if images.shape[3] > 256:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return maps(self, images, *args, **kwargs)
 
     monkeypatch.setattr(Predictor, "__call__", call)
@@ -411,6 +520,51 @@ def test_out_of_memory_goes_on_in_tiles(run, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert "1 image in" in printed.out
     assert "large.png: 400x300 pixels do not fit into the memory of cpu" in printed.err
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(run, tmp_path, monkeypatch):
+    def call(*_, **__):
+        raise RuntimeError("a fault")
+
+    save(tmp_path / "a.png")
+    monkeypatch.setattr(Predictor, "__call__", call)
+    with pytest.raises(RuntimeError, match="a fault"):
+        run("a.png", "--compile")
+
+
+def test_a_device_that_is_full(run, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    save(tmp_path / "a.png")
+    monkeypatch.setattr(predict, "Predictor", full)
+    assert run("a.png") == 1
+    assert capsys.readouterr().err.startswith("predict: --device cpu: too little of its memory")
+
+
+def test_a_system_without_compiler(run, tmp_path, monkeypatch, capsys):
+    def call(*_, **__):
+        raise InductorError(InvalidCxxCompiler(), None)
+
+    save(tmp_path / "a.png")
+    monkeypatch.setattr(Predictor, "__call__", call)
+    assert run("a.png", "--compile") == 1
+    message = "predict: --compile is not possible here: .*No working C.. compiler found"
+    assert re.match(message, capsys.readouterr().err)
+
+
+def test_float32_is_without_tf32(run, tmp_path, monkeypatch):
+    call, seen = Predictor.__call__, []
+
+    def look(*args, **options):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return call(*args, **options)
+
+    save(tmp_path / "a.png")
+    monkeypatch.setattr(Predictor, "__call__", look)
+    assert torch.backends.cudnn.allow_tf32
+    assert run("a.png") == 0
+    assert seen == [False] and torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,12 @@ def test_save_png_round_trip(tmp_path):
         visualize.save_png(tmp_path / "c.jpg", rgb)
 
 
+def test_names_as_long_as_names_may_be(tmp_path):
+    for name in ("a" * 251 + ".csv", "\u20ac" * 85):
+        visualize.write_atomic(tmp_path / name, b"data")
+        assert (tmp_path / name).read_bytes() == b"data"
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
     visualize.write_atomic(path, b"old")

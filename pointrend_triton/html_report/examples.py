@@ -18,7 +18,7 @@ from pointrend_triton.data import SegmentationDataset, TestTransform
 from pointrend_triton.html_report.charts import swatch
 from pointrend_triton.html_report.elements import element, percent
 from pointrend_triton.inference import Scale, evaluation_mode
-from pointrend_triton.metrics import IGNORE, SegmentationMetrics
+from pointrend_triton.metrics import IGNORE
 from pointrend_triton.visualize import colorize, draw_points, error_map, overlay
 
 if TYPE_CHECKING:
@@ -32,23 +32,6 @@ LONGEST = 1000
 SMALL = 400
 BLUE = (70, 150, 255)
 ORANGE = (255, 150, 30)
-
-
-class ImageScores:
-    """The mIoU of single images, as an evaluation goes along: a callback of `evaluate_dataset`.
-
-    `miou`: by index, in percent, the mean over the classes in the image's truth or prediction; NaN
-    where every pixel is ignored.
-    """
-
-    def __init__(self, dataset: SegmentationDataset) -> None:
-        self.dataset = dataset
-        self.miou: dict[int, float] = {}
-
-    def __call__(self, index: int, prediction: Image) -> None:
-        counts = SegmentationMetrics(len(self.dataset.classes), boundary=False)
-        counts.update(prediction, self.dataset.load(index)[1])
-        self.miou[index] = counts.compute()["miou"]
 
 
 @dataclass(frozen=True)
