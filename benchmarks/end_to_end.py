@@ -14,9 +14,10 @@ decoded by the fused operation, or by interpolation and argmax), and in batches 
 the first and the last variant run.
 
 Variants take turns in rounds of random order, after the same warm-up, so that a drifting clock hits
-all alike. Memory is that of tensors on the GPU from the making of a variant on, weights included.
-"device_ms" is the time between two events on the GPU, with the image there: it judges what the
-point head costs. "agreement" is the share of pixels that get the label that plain fp32 gives them.
+all alike. Memory is what PyTorch reserves of the GPU for a variant that is warm and called once
+more: weights, maps, what a graph keeps. "device_ms" is the time between two events on the GPU, with
+the image there: it judges what the point head costs. Where nothing is captured, it has gaps in
+which the GPU waits for Python. "agreement" is the share of pixels that get plain fp32's label.
 Weights are random unless --checkpoint is given: speed does not depend on them, agreement does, for
 random networks have more near ties than trained ones.
 
@@ -122,8 +123,11 @@ class Row:
     Attributes:
         settings: the Predictor's, "tf32", the "backend" of the operations, and whether to "refine".
         ms_*: of a call, from the host to the host: percentiles over `calls`.
-        device_ms: of a call on the GPU alone, the median.
+        device_ms: between two events around a call, with the image on the GPU, the median. Without
+            "graphs" it spans the gaps in which the GPU waits for Python.
         images_per_second: by the median.
+        peak_memory_mib: reserved by PyTorch during a call after the first ones, beyond what was
+            before the variant was made: its weights and maps, and all that its graph keeps.
         agreement: share of the pixels whose label is that of plain fp32, with or without the point
             head as here.
         first_seconds: of making the variant and of its first calls: compiling, tuning, capturing.
@@ -214,10 +218,7 @@ def prepare(
     row: Row, model: PointRend, images: Tensor, size: Size, device: torch.device
 ) -> Variant:
     """Makes the variant and warms it up; the row gets memory and `first_seconds`."""
-    before = 0
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+    before = reserved(device)
     start = time.perf_counter()
     options = {name: row.settings[name] for name in ("fold", "channels_last", "compile", "graphs")}
     predictor = Predictor(model, dtype=DTYPES[row.settings["dtype"]], **options)
@@ -229,9 +230,19 @@ def prepare(
         run(images).cpu()
     row = replace(row, first_seconds=time.perf_counter() - start)
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) - before
+        reserved(device)  # what trials of algorithms and of kernels left goes back
+        torch.cuda.reset_peak_memory_stats(device)
+        run(images).cpu()
+        peak = torch.cuda.max_memory_reserved(device) - before
         row = replace(row, peak_memory_mib=peak / 2**20)
     return Variant(row, run)
+
+
+def reserved(device: torch.device) -> int:
+    """Bytes that PyTorch holds of a GPU for what is alive, with all that graphs keep."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 def measure(
@@ -246,16 +257,16 @@ def measure(
     device = timer.device
     # of the rows before: compiled functions count towards a limit, graphs hold memory
     torch.compiler.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-    images = inputs.images((rows[0].batch, 3, *protocol.image_size), device)
-    there, images = images, images.cpu()
-    if device.type == "cuda":
-        images = images.pin_memory()
-    with as_set(rows[0].settings):
-        plain = Predictor(model, fold=False, channels_last=False)
-        exact = {refine: plain(there, protocol.size, refine=refine) for refine in (True, False)}
-        del plain
+    reserved(device)
+    try:
+        there = inputs.images((rows[0].batch, 3, *protocol.image_size), device)
+        images = there.cpu().pin_memory() if device.type == "cuda" else there
+        with as_set(rows[0].settings):
+            plain = Predictor(model, fold=False, channels_last=False)
+            exact = {refine: plain(there, protocol.size, refine=refine) for refine in (True, False)}
+            del plain
+    except Exception as error:  # with nothing to compare with, the group is lost, not the others
+        return [replace(row, error=f"plain fp32: {_text(error)}") for row in rows]
     done = list(rows)
     ready: dict[int, Variant] = {}
     title = f"{rows[0].model}, batch {rows[0].batch}"
@@ -331,8 +342,9 @@ def verdicts(rows: Sequence[Row], protocol: Protocol, judged: bool) -> list[Verd
         met = fps >= goal if judged and goal else None
         published = protocol.published_fps
         found.append(Verdict(f"{start} images per second", fps, goal, met, published))
-        for variant in WITHOUT_HEAD:
-            if variant in alone:
+        for variant, changed in WITHOUT_HEAD.items():
+            # where the last variant failed, the one before it differs by more than the point head
+            if variant in alone and alone[variant].settings == {**row.settings, **changed}:
                 percent = percent_slower(row, alone[variant])
                 goal = protocol.goal_percent if variant == "no point head" else None
                 met = percent <= goal if judged and goal else None
@@ -352,9 +364,15 @@ def percent_slower(row: Row, other: Row) -> float:
 
 
 def make_model(name: str, checkpoint: Path | None, quick: bool) -> PointRend:
-    if checkpoint is not None:
-        return from_checkpoint(checkpoint)
+    """Raises CheckpointError for a file of another network than the one named."""
     config = load_config(name).model
+    if checkpoint is not None:
+        model = from_checkpoint(checkpoint)
+        for field_name in ("depth", "num_classes"):
+            ours, its = getattr(config, field_name), getattr(model.config, field_name)
+            if its != ours:
+                raise CheckpointError(f"{checkpoint} has {field_name} {its}, {name} has {ours}")
+        return model
     if quick:
         assert config.point_head is not None
         config = replace(config, **TINY, point_head=replace(config.point_head, **TINY_HEAD))
@@ -394,23 +412,24 @@ def run(args: argparse.Namespace, command: str) -> int:
     compared: list[peer.Row] = []
 
     def write() -> None:
+        """After each group and each case: what ends the run leaves whole files of those before."""
         result = {**head, "verdicts": found, "rows": rows, "peer": compared}
         write_atomic(args.out / "end_to_end.json", to_json(result))
         if rows:
             write_atomic(args.out / "end_to_end.png", end_to_end_report.draw(head, rows))
 
+    judged = "H200" in str(head["device"]) and not args.quick
     for name in args.models:
         model = make_model(name, args.checkpoint, args.quick).to(device)
-        measured: list[Row] = []
         for group in plans[name][0]:
-            measured += measure(group, model, protocols[name], args.seconds, timer)
-        rows += [asdict(row) for row in measured]
-        judged = "H200" in str(head["device"]) and not args.quick
-        found += verdicts(measured, PROTOCOLS[name], judged)
-        write()  # after each: an interrupt leaves whole files of what was measured
+            measured = measure(group, model, protocols[name], args.seconds, timer)
+            rows += [asdict(row) for row in measured]
+            found += verdicts(measured, PROTOCOLS[name], judged)  # of batch 1, which is one group
+            write()
     if args.peer:
-        compared += peer.compare(args.peer, args.quick)
-        write()
+        for case in peer.compare(args.peer, args.quick):
+            compared += case
+            write()
     print(f"{head['device']}, PyTorch {torch.__version__}, {head['date']}")
     if rows:
         print(end_to_end_report.table(rows, head["left_out"]))
@@ -455,11 +474,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="where end_to_end.json and .png are written (default: runs/benchmarks)",
     )
     args = parser.parse_args(argv)
-    if args.checkpoint is None:
-        for name in args.models:
-            if name not in PROTOCOLS:
-                parser.error(f"--models {name}: choose of {', '.join(PROTOCOLS)}")
-    elif len(args.models) != 1:
+    for name in args.models:
+        if name not in PROTOCOLS:
+            parser.error(f"--models {name}: choose of {', '.join(PROTOCOLS)}")
+    if args.checkpoint and len(args.models) != 1:
         parser.error("--checkpoint holds the weights of one model: name it by --models")
     try:
         args.device = pick_device(args.device)

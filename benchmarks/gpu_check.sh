@@ -7,10 +7,11 @@
 #
 # PARTS are of "tests sanitize tune bench train_step end_to_end data camvid points", by default all;
 # they run in this order. docs/benchmarks.md says what each takes, and how to divide them into calls
-# of less than ten minutes. A part that fails does not stop the others; the exit status tells.
+# of about ten minutes. A part that fails does not stop the others; the exit status tells.
 #
-# Leaves in OUT: log.txt; tuned.json (which configurations were chosen); of "bench" results.json,
-# results.csv and speedups.png; of the other parts files.tar.gz.
+# Leaves in OUT: log.txt; tuned.json (which configurations were chosen); files.tar.gz (the files of
+# all parts, packed again after each, so that a call that is cut off leaves what was there); of
+# "bench" results.json, results.csv and speedups.png.
 #
 # In the environment:
 #   TUNED           the tuned.json of an earlier call, to start with
@@ -57,7 +58,8 @@ part() {
     local title=$1 limit=$2 start=$SECONDS status
     shift 2
     printf '\n==== %s: %s\n' "$title" "$*" >>"$log"
-    timeout --kill-after=20 "$limit" "$@" >>"$log" 2>&1
+    # as Ctrl-C: commands then say, or write, how far they came
+    timeout --signal=INT --kill-after=20 "$limit" "$@" >>"$log" 2>&1
     status=$?
     [ "$status" -eq 0 ] || failed=$((failed + 1))
     printf '%s: status %s, %s s\n' "$title" "$status" $((SECONDS - start)) | tee -a "$log"
@@ -65,8 +67,12 @@ part() {
 
 say() { echo "$1" | tee -a "$log"; }
 
+# one GPU and one state of the kernels: one table
+keep_tuned() { cp "$POINTREND_CACHE"/*.json "$out/tuned.json" 2>/dev/null; }
+
 # what is there so far: the whole call may be cut off
 pack() {
+    keep_tuned
     if [ -n "$(ls -A "$files")" ]; then
         tar -czf "$work/files.tar.gz" -C "$files" . && mv "$work/files.tar.gz" "$out"
     fi
@@ -76,7 +82,7 @@ if [ "$device" = cuda ]; then
     part "GPU" 20 nvidia-smi
 fi
 if [ -n "${TUNED:-}" ]; then
-    part "tuned before" 60 "$python" -c \
+    part "tuned before" 30 "$python" -c \
         "import shutil, sys; from pointrend_triton.kernels import store; p = store.path_for(0); p.parent.mkdir(exist_ok=True); shutil.copy(sys.argv[1], p)" \
         "$TUNED"
 fi
@@ -88,9 +94,13 @@ if runs tests; then
         workers=(-n 8)
     fi
     # not tuned: tuning has its turn in the benchmarks
-    tests=(env POINTREND_AUTOTUNE=0 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}")
+    tests=(env POINTREND_AUTOTUNE=0 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}"
+        --durations=15)
     part "tests of kernels" "${TEST_LIMIT:-150}" "${tests[@]}" tests/kernels ${QUICK:+-k store}
-    part "tests marked gpu" "${TEST_LIMIT:-150}" "${tests[@]}" -m gpu --ignore=tests/kernels tests
+    for speed in "not slow" slow; do
+        part "tests marked gpu, $speed" "${TEST_LIMIT:-150}" "${tests[@]}" -m "gpu and $speed" \
+            --ignore=tests/kernels tests
+    done
 fi
 
 if runs sanitize; then
@@ -107,7 +117,8 @@ if runs sanitize; then
 fi
 
 if runs tune; then
-    part "tune" "${TUNE_LIMIT:-240}" "$python" -m pointrend_triton.tune --dtype bf16
+    part "tune" "${TUNE_LIMIT:-210}" "$python" -m pointrend_triton.tune --dtype bf16
+    pack
 fi
 
 if runs bench; then
@@ -115,11 +126,12 @@ if runs bench; then
         bench=$(basename "$path" .py)
         # after two thirds of its time a bench begins nothing new, then it prints its table
         part "bench ${bench#bench_}" "$bench_limit" "$python" -m "benchmarks.$bench" \
-            --device "$device" --out "$work/results" --seconds $((bench_limit * 2 / 3)) \
+            --device "$device" --out "$files/results" --seconds $((bench_limit * 2 / 3)) \
             ${QUICK:+--quick}
+        pack
     done
-    part "results" 60 "$python" -m benchmarks.record "$work/results" --out "$out/results"
-    part "plot" 60 "$python" -m benchmarks.plot "$out/results.json" --out "$out/speedups.png"
+    part "results" 30 "$python" -m benchmarks.record "$files/results" --out "$out/results"
+    part "plot" 30 "$python" -m benchmarks.plot "$out/results.json" --out "$out/speedups.png"
 fi
 
 if runs train_step; then
@@ -148,8 +160,7 @@ camvid_config=(camvid_r50 data.root="$camvid" train.device="$device" amp=true ch
     data.cache="$work/cache" log_every=20)
 if [ -n "${QUICK:-}" ]; then
     camvid_config+=(model.depth=18 base_channels=8 fpn_channels=16 head_channels=8
-        "data.crop_size=[64,64]" data.workers=1 train.batch_size=2 train.warmup_iterations=1
-        log_every=1)
+        "data.crop_size=[64,64]" data.workers=1 train.batch_size=2 log_every=1)
 fi
 
 # how many iterations fit into CAMVID_MINUTES, by the speed at the end of a short trial
@@ -180,9 +191,11 @@ if runs camvid; then
         # half as much time again for evaluations and a slower end
         part "camvid, $head point head" $((minutes * 90 + 60)) "$python" train.py \
             "${camvid_config[@]}" "${changed[@]}" run_dir="$run" train.iterations="$count" \
+            train.warmup_iterations=$((count / 20 + 1)) \
             train.eval_every=$((count / 8 + 1)) train.checkpoint_every=$((count / 4 + 1))
         mkdir -p "$files/camvid_r50_$head"
         cp "$run"/{config.yaml,environment.json,metrics.csv,report.md} "$files/camvid_r50_$head"
+        pack
         for only in '*' '0001TP*' 'Seq05VD*'; do
             name=test_${only%\*}
             part "camvid, $head point head, ${name%_}" 120 "$python" evaluate.py \
@@ -201,10 +214,11 @@ if runs points; then
     options=(--device "$device" --dtype "$dtype" --out "$files" ${QUICK:+--limit 2 --points 0 64})
     part "shapes" 180 "$python" train.py shapes_r18 run_dir="$work/shapes" train.device="$device" \
         ${QUICK:+train.iterations=2 train.warmup_iterations=1 base_channels=8 shapes_eval_images=4}
-    part "points shapes_r18" "${POINTS_LIMIT:-90}" "$python" -m benchmarks.points \
+    part "points shapes_r18" "${POINTS_LIMIT:-120}" "$python" -m benchmarks.points \
         shapes_r18 "$work/shapes/best.pth" "${options[@]}"
+    pack
     if [ -e "$work/camvid_r50_with/best.pth" ]; then
-        part "points camvid_r50" "${POINTS_LIMIT:-90}" "$python" -m benchmarks.points \
+        part "points camvid_r50" "${POINTS_LIMIT:-120}" "$python" -m benchmarks.points \
             camvid_r50 "$work/camvid_r50_with/best.pth" data.root="$camvid" --split test \
             "${options[@]}"
     else
@@ -213,8 +227,7 @@ if runs points; then
 fi
 
 pack
-# one GPU and one state of the kernels: one table
-cp "$POINTREND_CACHE"/*.json "$out/tuned.json" 2>/dev/null || say "tuned.json: nothing was tuned"
+keep_tuned || say "tuned.json: nothing was tuned"
 
 say "$failed part(s) failed; all output is in $log"
 exit $((failed > 0))

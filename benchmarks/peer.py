@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -114,13 +114,11 @@ class Theirs:
         self.process.communicate()
 
 
-def compare(python: str, quick: bool) -> list[Row]:
-    """All cases. Raises PeerError where mmsegmentation cannot be run by that Python."""
-    rows: list[Row] = []
+def compare(python: str, quick: bool) -> Iterator[list[Row]]:
+    """The rows of each case. Raises PeerError where that Python cannot run mmsegmentation."""
     cases = QUICK_CASES if quick else CASES
     for case in tqdm(cases, desc="mmsegmentation", leave=False, disable=None):
-        rows += compare_one(python, *case, compiled=not quick)
-    return rows
+        yield compare_one(python, *case, compiled=not quick)
 
 
 def compare_one(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,9 @@ import torch
 from benchmarks import end_to_end, end_to_end_report, inputs, mmseg_side, peer
 from benchmarks.end_to_end import PROTOCOLS, WATERFALL, Row
 from pointrend_triton import Predictor
+from pointrend_triton.checkpoint import CheckpointError
 from pointrend_triton.config import load_config
+from pointrend_triton.models.pointrend import PointRend
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -133,9 +136,61 @@ def test_agreement_is_with_plain_fp32(monkeypatch):
     assert "tired" in end_to_end.measure([fp32, bf16], tiny(), protocol, 0, timer)[1].error
 
 
+def test_a_plain_run_that_fails_is_an_error_of_its_group(monkeypatch):
+    def too_large(*_, **__):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(end_to_end.Predictor, "__call__", too_large)
+    rows = end_to_end.plan("cityscapes_r50", CPU, quick=True)[0][0]
+    timer = end_to_end.Timer(CPU, end_to_end.EFFORTS["quick"])
+    protocol = replace(PROTOCOLS["cityscapes_r50"], image_size=(32, 64), size=(32, 64))
+    done = end_to_end.measure(rows, tiny(), protocol, 0, timer)
+    assert [row.variant for row in done] == [row.variant for row in rows]
+    assert {row.error for row in done} == {"plain fp32: MemoryError: too large"}
+
+
+def test_memory_is_that_of_a_later_call(monkeypatch):
+    """Of what is alive, 100 MiB are of others; the first call tries algorithms."""
+    held, alive, peak = 400, 100, 900
+
+    def hold(mib):
+        nonlocal held, peak
+        held = max(held, mib)
+        peak = max(peak, held)
+
+    def give_back():
+        nonlocal held
+        held = alive
+
+    def forget_peak():
+        nonlocal peak
+        peak = held
+
+    class Spy(Predictor):
+        def __call__(self, images, size, **options):
+            nonlocal alive
+            hold(alive + (30 if alive > 100 else 5000))
+            alive = 120
+            return super().__call__(images, size, **options)
+
+    for name, answer in {
+        "empty_cache": give_back,
+        "reset_peak_memory_stats": lambda device: forget_peak(),
+        "memory_reserved": lambda device: held * 2**20,
+        "max_memory_reserved": lambda device: peak * 2**20,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(end_to_end, "Predictor", Spy)
+    row = end_to_end.plan("cityscapes_r50", CPU, quick=True)[0][0][0]
+    images = inputs.images((1, 3, 32, 64), CPU)
+    assert end_to_end.prepare(row, tiny(), images, (30, 60), CUDA).row.peak_memory_mib == 50
+
+
 def measured(variant, device_ms, **changed):
-    settings = {"refine": "no" not in variant}
-    return Row("cityscapes_r50", variant, 1, settings, device_ms=device_ms, **MEASURED | changed)
+    settings = {"refine": "no" not in variant, "graphs": True}
+    settings["backend"] = "reference" if "dense" in variant else "auto"
+    fields = {"settings": settings, "device_ms": device_ms, **MEASURED, **changed}
+    return Row(**{"model": "cityscapes_r50", "variant": variant, "batch": 1, **fields})
 
 
 def test_verdicts():
@@ -157,6 +212,9 @@ def test_verdicts():
     assert [verdict.met for verdict in elsewhere] == [None, None, None]
     failed = [rows[0], replace(rows[1], error="no")]
     assert [verdict.met for verdict in end_to_end.verdicts(failed, protocol, judged=True)] == [None]
+    kernels = measured("kernels", 1.5, settings=rows[1].settings | {"graphs": False})
+    unlike = end_to_end.verdicts([rows[0], kernels, *rows[2:]], protocol, judged=True)
+    assert [verdict.what for verdict in unlike] == ["cityscapes_r50, kernels, images per second"]
     text = end_to_end_report.sentences([asdict(verdict) for verdict in found])
     assert "goal on an H200 250: missed" in text and "V100" in text
 
@@ -176,6 +234,7 @@ def test_failures_are_in_table_and_picture():
     ("options", "reason"),
     [
         (["--models", "r50"], "r50: choose of cityscapes_r50"),
+        (["--models", "camvid_r50", "--checkpoint", "a.pth"], "camvid_r50: choose of cityscapes"),
         (["--checkpoint", "a.pth"], "name it by --models"),
         (["--device", "tpu"], "--device"),
     ],
@@ -190,6 +249,36 @@ def test_no_checkpoint(tmp_path, capsys):
     options = ["--models", "ade20k_r50", "--checkpoint", str(tmp_path / "none.pth")]
     assert run(tmp_path, *options) == (1, None)
     assert "none.pth" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_network(tmp_path):
+    path = tmp_path / "a.pth"
+    for name, changed, reason in (
+        ("ade20k_r50", {}, "a.pth has num_classes 150, cityscapes_r50 has 19"),
+        ("cityscapes_r50", {"depth": 18}, "a.pth has depth 18, cityscapes_r50 has 50"),
+    ):
+        small = {**end_to_end.TINY, "depth": 50, **changed}
+        model = PointRend(replace(load_config(name).model, **small))
+        torch.save({"state_dict": model.state_dict()}, path)
+        with pytest.raises(CheckpointError, match=reason):
+            end_to_end.make_model("cityscapes_r50", path, quick=False)
+
+
+def test_an_interrupt_leaves_the_groups_before(tmp_path, monkeypatch):
+    groups = [[measured("fp32", None)], [measured("fp32", None, batch=8)]]
+    calls = []
+
+    def measure(rows, *_):
+        calls.append(rows)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rows
+
+    monkeypatch.setattr(end_to_end, "plan", lambda *_: (groups, []))
+    monkeypatch.setattr(end_to_end, "measure", measure)
+    status, result = run(tmp_path, "--quick", "--models", "cityscapes_r50")
+    assert status == 130 and calls == groups
+    assert [row["batch"] for row in result["rows"]] == [1] and len(result["verdicts"]) == 1
 
 
 def test_random_networks_label_with_regions():
@@ -225,6 +314,17 @@ def test_beside_another_program(tmp_path, monkeypatch):
     assert ours.agreement == pytest.approx(np.mean(expected.numpy() == 3))
     assert "steps" in broken.error
     assert "times as fast" in peer.table([theirs, ours, broken])
+
+
+def test_a_case_that_fails_leaves_those_before(tmp_path, monkeypatch, capsys):
+    other_side(monkeypatch, tmp_path, OTHER_SIDE)
+    monkeypatch.setattr(peer, "OURS", {"ours": {}})
+    case = ("cityscapes_r50", "theirs", (32, 64), (40, 80), 1)
+    wrong = ("cityscapes_r50", "not theirs", *case[2:])
+    monkeypatch.setattr(peer, "QUICK_CASES", (case, wrong))
+    status, result = run(tmp_path, "--models", "--quick", "--peer", sys.executable)
+    assert status == 1 and "AssertionError" in capsys.readouterr().err
+    assert [row["variant"] for row in result["peer"]] == ["mmsegmentation", "ours"]
 
 
 def test_turns_go_both_ways():
@@ -270,6 +370,10 @@ def gpu_check(tmp_path, **variables):
         "printf 'iteration,images_per_second\\n20,100\\n40,80\\n' > metrics.csv;; esac; done\n"
     )
     fake.chmod(0o755)
+    return run_gpu_check(tmp_path, fake, **variables)
+
+
+def run_gpu_check(tmp_path, fake, **variables):
     return subprocess.run(
         ["bash", ROOT / "benchmarks/gpu_check.sh", tmp_path / "out"],
         env={**os.environ, "PYTHON": str(fake), "DEVICE": "cpu", **variables},
@@ -288,12 +392,34 @@ def test_gpu_check_trains_for_the_minutes(tmp_path):
     ran = [line for line in log.splitlines() if line.startswith("ran ")]
     for words, count in (
         *(("train.iterations=1200", 2), ("model.point_head=null", 1), ("evaluate.py", 6)),
+        ("train.warmup_iterations=61", 2),
         ("benchmarks.points camvid_r50", 1),
     ):
         assert sum(words in line for line in ran) == count, words
     with tarfile.open(tmp_path / "out" / "files.tar.gz") as packed:
         assert "./camvid_r50_without/metrics.csv" in packed.getnames()
     assert len(list((tmp_path / "out").iterdir())) <= 8
+
+
+def test_gpu_check_leaves_what_there_was_when_it_is_cut_off(tmp_path):
+    """The third bench ends the script; a command that takes too long may say how far it came."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        '#!/bin/sh\ncase "$*" in\n'
+        '*tune*) mkdir -p "$POINTREND_CACHE"; echo "{}" > "$POINTREND_CACHE/gpu.json"\n'
+        "    trap 'echo so far; exit 130' INT; while :; do sleep 0.1; done;;\n"
+        "*bench_point_head*) kill -9 $(cut -d' ' -f4 /proc/$PPID/stat);;\n"
+        '*bench_*) while [ "$1" != --out ]; do shift; done; mkdir -p "$2"; touch "$2/$$.json";;\n'
+        "esac\n"
+    )
+    fake.chmod(0o755)
+    done = run_gpu_check(tmp_path, fake, PARTS="tune bench", TUNE_LIMIT="1", TMPDIR=str(tmp_path))
+    assert done.returncode == -signal.SIGKILL
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "so far\ntune: status 124" in log
+    assert (tmp_path / "out" / "tuned.json").read_text() == "{}\n"
+    with tarfile.open(tmp_path / "out" / "files.tar.gz") as packed:
+        assert sum(name.endswith(".json") for name in packed.getnames()) == 2
 
 
 def test_gpu_check_refuses_parts_that_are_not(tmp_path):

@@ -119,6 +119,37 @@ def test_times_are_medians_that_leave_the_first_pass_out(tiny, model, monkeypatc
     assert [(row.refine_ms, row.total_ms) for row in rows] == [(1, 21), (2, 22)]
 
 
+def test_a_gpu_is_timed_by_a_replay_after_a_first_one(monkeypatch):
+    """The clock counts replays, a millisecond each; capturing takes a second."""
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = clock[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.time - self.time
+
+    def replay():
+        clock[0] += 1
+
+    def capture(make):
+        clock[0] += 1000
+        run = make()
+        return replay, (run, run())
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(points, "capture", capture)
+    assert points.timed(torch.device("cuda"), lambda: "labels") == ("labels", 1)
+    assert clock == [1002]
+
+
 def test_the_command(tiny, checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--points", "0", "100", "all", "--steps", "1", "2", "--out", str(out)]
