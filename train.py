@@ -262,15 +262,14 @@ def run(config: Config, name: str, world: World) -> int:
             write_report(run_dir)
         say(f"{checkpoint} is trained to its last iteration, {start}; nothing is left to do")
         return 0
-    loss_of: Any = model
+    # compiled inside the wrapper: its forward would break the graph
+    loss_of: Any = torch.compile(model) if train.compile else model
     if world.size > 1:
         loss_of = DistributedDataParallel(
-            model,
+            loss_of,
             device_ids=[device] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
-    if train.compile:
-        loss_of = torch.compile(loss_of)
 
     record = None
     if world.is_main:
@@ -281,6 +280,7 @@ def run(config: Config, name: str, world: World) -> int:
         write_atomic(run_dir / "environment.json", to_json(environment(device)))
         record = Record(run_dir, start)
         record.text("config", (run_dir / "config.yaml").read_text(), start)
+        record.settings(config)
 
     def loader(first: int, workers: int) -> Any:
         return train_loader(
@@ -306,8 +306,11 @@ def run(config: Config, name: str, world: World) -> int:
         f"and {len(eval_set)} evaluation images, iterations {start} to {train.iterations}"
     )
 
+    if train.accumulate > 1:
+        crops = train.batch_size // train.accumulate
+        say(f"train.accumulate: BatchNorm sees {crops} of the {train.batch_size} crops at a time")
     model.train()
-    train_set = prepare(train_set, data, device)  # which may take minutes
+    train_set = prepare(train_set, data, device, quiet=not world.is_main)  # may take minutes
     first_loader = loader(start, data.workers)
     stop = StopRequest()
     hidden = None if world.is_main else True
@@ -387,7 +390,8 @@ if __name__ == "__main__":
         sys.exit("interrupted: resume=auto goes on from the last checkpoint, if there is one")
     except torch.OutOfMemoryError as error:
         sys.exit(
-            f"error: {error}\nbatch_size and crop_size decide what is needed; amp=true needs less"
+            f"error: {error}\nbatch_size and crop_size decide what is needed; amp=true and "
+            "data.resident=false need less"
         )
     except (ValueError, OSError, FloatingPointError) as error:
         text = str(error).strip()

@@ -2,10 +2,12 @@
 
     python -m benchmarks.train_step                         # cityscapes_r50 on the GPU
     python -m benchmarks.train_step --config ade20k_r50 --out runs/benchmarks
+    python -m benchmarks.train_step --config shapes_r18 --device cpu
     python -m benchmarks.train_step --quick --device cpu    # a tiny network, nothing compiled
 
-A waterfall: plain fp32, and then one setting more in each variant (the last one slows it down), on
-the same batches from the same initial weights with the same draws. The losses of the first
+Plain fp32, and then one setting more in each variant (the last one slows it down); on a CPU, where
+bf16 and the compiler do not go together, each variant has one setting more than fp32. All start
+from the same initial weights, on the same batches with the same draws. The losses of the first
 iterations are kept as a curve; then, compiled and warm, as many more are timed. They are drawn
 shapes at the configuration's crop size and ready on the device: no loader is timed. It is
 train.py's own model, optimiser, losses and step. FLOPs are those of the matrix products and
@@ -50,7 +52,7 @@ from pointrend_triton.report import to_json
 from pointrend_triton.visualize import write_atomic
 
 Batches = Sequence[tuple[Tensor, Tensor]]
-# what each variant adds to those before it
+# what each variant adds: to those before it on a GPU, to fp32 on a CPU
 WATERFALL: dict[str, dict[str, Any]] = {
     "fp32": dict.fromkeys(("amp", "channels_last", "compile", "tf32", "deterministic"), False),
     "bf16": {"amp": True},
@@ -59,7 +61,6 @@ WATERFALL: dict[str, dict[str, Any]] = {
     "kernels": {"backend": "auto"},
     "deterministic": {"deterministic": True},  # what it costs
 }
-ON_A_GPU = ("kernels", "deterministic")
 BATCHES = 8  # they are used in turn
 
 
@@ -187,12 +188,13 @@ def count_flops(config: Config, batches: Batches, device: torch.device) -> float
 def waterfall(device: torch.device, quick: bool) -> tuple[list[Row], list[str]]:
     """The variants that this machine can run, not measured yet, and those left out, with why."""
     rows, left_out = [], []
-    settings: dict[str, Any] = {"backend": "reference"}
+    first = {"backend": "reference", **WATERFALL["fp32"]}
+    settings = first
     for name, added in WATERFALL.items():
-        settings = {**settings, **added}
+        settings = {**(settings if device.type == "cuda" else first), **added}
         if name == "compiled" and quick:
             left_out.append(f"{name}: takes too long for --quick")
-        elif name in ON_A_GPU and (quick or device.type != "cuda"):
+        elif name == "kernels" and (quick or device.type != "cuda"):
             left_out.append(f"{name}: measured in full on a GPU only")
         else:
             rows.append(Row(name, settings))
@@ -219,7 +221,7 @@ def draw(head: Mapping[str, Any], rows: Sequence[Row]) -> bytes:
     left.set_yticks(range(len(measured)), [row.variant for row in measured])
     left.invert_yaxis()
     left.margins(x=0.45)
-    left.set_xlabel("ms per iteration, median; each adds to the one above")
+    left.set_xlabel(f"ms per iteration, median; each adds to {head['each_adds_to']}")
     right.set(xlabel="iteration", ylabel="loss, same batches and draws")
     right.grid(alpha=0.3)
     right.legend(fontsize=8)
@@ -265,8 +267,11 @@ def main(argv: list[str] | None = None) -> int:
         **record.header(device, shlex.join(["python", "-m", "benchmarks.train_step", *argv])),
         "what": f"{name}, {batch_size} crops of {size[0]}x{size[1]}, {steps} iterations",
         **{"config": name, "batch_size": batch_size, "crop_size": size, "steps": steps},
+        "each_adds_to": "the one above" if device.type == "cuda" else "fp32",
+        "threads": torch.get_num_threads(),
         **{"tflop_per_iteration": flops / 1e12, "rates": rates},
     }
+    path = args.out / ("train_step.json" if device.type == "cuda" else "train_step_cpu.json")
     planned, left_out = waterfall(device, args.quick)
     rows: list[Row] = []
     for row in tqdm(planned, desc="train_step", leave=False, disable=None):
@@ -275,8 +280,8 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(compared(row, rows or [row]))
         result = {**head, "left_out": left_out, "rows": [asdict(row) for row in rows]}
         # after each: an interrupt leaves whole files of what was measured
-        write_atomic(args.out / "train_step.json", to_json(result))
-        write_atomic(args.out / "train_step.png", draw(head, rows))
+        write_atomic(path, to_json(result))
+        write_atomic(path.with_suffix(".png"), draw(head, rows))
     print(f"{head['device']}: {head['what']}\n{table(rows)}")
     print("\n".join(f"left out: {reason}" for reason in left_out))
     return int(any(row.error for row in rows))
@@ -296,7 +301,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="DIR",
         type=Path,
         default=Path("runs/benchmarks"),
-        help="where train_step.json and .png are written (default: runs/benchmarks)",
+        help="where train_step.json (on a CPU: train_step_cpu.json) and .png are written "
+        "(default: runs/benchmarks)",
     )
     args = parser.parse_args(argv)
     try:

@@ -95,7 +95,8 @@ class DataConfig:
     # each time. Of sets of files only; about height x width x 4 bytes a picture
     cache: str | None = None
     # the cached pictures are copied to the memory of the device that trains, of each one where
-    # there are several, and cropped and distorted there; the crops are the same
+    # there are several, and cropped and distorted there; the crops are the same to the last bit if
+    # the processor has AVX2, else some grey levels are others, as OpenCV's own are there
     resident: bool = False
     # every n-th image of train_split is kept out of training, as the split "holdout"; 0: none
     holdout_every: int = 0

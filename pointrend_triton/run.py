@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 from torch.distributed import is_torchelastic_launched
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
-from pointrend_triton.config import TrainConfig
+from pointrend_triton.config import Config, TrainConfig, to_dict
 
 T = TypeVar("T")
 
@@ -54,6 +55,7 @@ class Record:
             writer.writerows(rows)
         partial.replace(self.path)
         self.board = SummaryWriter(str(run_dir), purge_step=start + 1)
+        self.best = max((float(row["miou"]) for row in rows if row["miou"]), default=0.0)
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
         try:
@@ -65,6 +67,20 @@ class Record:
             # TensorBoard groups by what stands before a slash
             tag = name.replace("_", "/", 1) if name.startswith(("loss_", "acc_")) else name
             self.board.add_scalar(tag, value, iteration)
+        if "miou" in values:
+            self.best = max(self.best, values["miou"])
+            self.board.add_scalar("miou_best", self.best, iteration)
+
+    def settings(self, config: Config) -> None:
+        """The hyper-parameters for TensorBoard, which compares runs by them and their scores."""
+        table = {
+            f"{section}.{key}": value if isinstance(value, bool | int | float) else str(value)
+            for section, keys in to_dict(config).items()
+            for key, value in keys.items()
+        }
+        # add_hparams would make a run of its own in a folder below
+        for summary in hparams(table, dict.fromkeys(("miou_best", "miou", "boundary_iou", "loss"))):
+            self.board.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
     def picture(self, tag: str, picture: npt.NDArray[np.uint8], iteration: int) -> None:
         """A picture, RGB [H,W,3], for TensorBoard."""

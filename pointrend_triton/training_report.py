@@ -81,8 +81,10 @@ def render(name: str, rows: Rows, config: Mapping[str, Any], about: Mapping[str,
 
 
 def draw(runs: Mapping[str, Rows]) -> bytes:
-    """Loss, and mIoU with Boundary IoU, over the iterations of one or more runs: a PNG."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    """Losses, scores, and speed with data-wait, over the iterations of one or more runs: a PNG."""
+    figure, panels = plt.subplots(1, 3, figsize=(15, 3.6), constrained_layout=True)
+    left, middle, right = panels
+    waiting = right.twinx()
     for name, rows in runs.items():
         for term, style in (("loss_coarse", "-"), ("loss_point", "--")):
             iterations, values = column(rows, term)
@@ -91,10 +93,17 @@ def draw(runs: Mapping[str, Rows]) -> bytes:
         for term, style in (("miou", "o-"), ("boundary_iou", "o--")):
             iterations, values = column(rows, term)
             if values:
-                right.plot(iterations, values, style, markersize=3, label=f"{name}, {term}")
+                middle.plot(iterations, values, style, markersize=3, label=f"{name}, {term}")
+        iterations, values = column(rows, "images_per_second")
+        if values:
+            (line,) = right.plot(iterations, smooth(values, 10), label=name)
+            iterations, values = column(rows, "data_wait")
+            waiting.plot(iterations, smooth(values, 10) * 100, ":", color=line.get_color())
     left.set(xlabel="iteration", ylabel="loss, mean of 10 log lines", yscale="log")
-    right.set(xlabel="iteration", ylabel="percent, evaluation split")
-    for axes in (left, right):
+    middle.set(xlabel="iteration", ylabel="percent, evaluation split")
+    right.set(xlabel="iteration", ylabel="images per second (line), mean of 10", ylim=0)
+    waiting.set(ylabel="waiting for data, % of the time (dots)", ylim=(0, 100))
+    for axes in panels:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)

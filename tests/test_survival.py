@@ -5,7 +5,9 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from pointrend_triton.config import load_config
 from pointrend_triton.run import StopRequest, is_scored
 from pointrend_triton.snapshot import drafts, tidy
 
+ROOT = Path(__file__).parents[1]
 QUICK = ("iterations=8", "eval_every=4", "checkpoint_every=3", "workers=0", "eval_images=1")
 
 
@@ -345,4 +348,15 @@ def test_deterministic_runs_are_equal(tiny, tmp_path, monkeypatch):
         for name in ("a", "b"):
             run(tiny, tmp_path / name, "deterministic=true")
     assert seen == [(True, False, ":4096:8")] * 2, "before anything can start CUDA"
+    assert survival.compare(tmp_path / "a", tmp_path / "b") == []
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("faster", [[], ["amp=true", "channels_last=true"]])
+def test_deterministic_runs_on_a_gpu_are_equal(tiny, tmp_path, faster):
+    settings = ["deterministic=true", "device=cuda", "iterations=10", *faster]
+    for name in ("a", "b"):  # in processes of their own: cuBLAS reads its setting when it starts
+        command = [sys.executable, "train.py", str(tiny), f"run_dir={tmp_path / name}", *QUICK]
+        subprocess.run([*command, *settings], cwd=ROOT, check=True)
     assert survival.compare(tmp_path / "a", tmp_path / "b") == []

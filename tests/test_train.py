@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import train
 from pointrend_triton import build_model
@@ -98,6 +100,37 @@ def test_a_run_writes_what_it_promises(tiny, tmp_path):
         *(p.name for p in run_dir.glob("events.*")),
     }
     assert not leftovers
+
+
+def test_tensorboard_compares_runs_by_their_settings(tiny, tmp_path):
+    run(tiny, tmp_path / "run", "iterations=1", "eval_every=1")
+    run(tiny, tmp_path / "run", "iterations=1", "resume=auto")
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    tags = events.Tags()["scalars"]
+    assert {"miou_best", "miou", "boundary_iou", "loss"} <= set(tags)
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    start = HParamsPluginData.FromString(content).session_start_info
+    assert start.hparams["train.lr"].number_value == 0.01
+    assert start.hparams["data.crop_size"].string_value == "[64, 64]"
+    content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    shown = HParamsPluginData.FromString(content).experiment.metric_infos
+    assert {metric.name.tag for metric in shown} <= set(tags)
+
+
+def test_the_best_score_goes_on_where_a_run_is_resumed(tmp_path):
+    train.Record(tmp_path, start=0).write(1, {"miou": 60.0, "boundary_iou": 1.0})
+    record = train.Record(tmp_path, start=1)
+    record.write(2, {"miou": 50.0, "boundary_iou": 1.0})
+    record.board.close()
+    best = EventAccumulator(str(tmp_path)).Reload().Scalars("miou_best")
+    assert [(event.step, event.value) for event in best] == [(1, 60.0), (2, 60.0)]
+
+
+def test_an_accumulated_batch_says_what_batchnorm_sees(tiny, tmp_path, capsys):
+    run(tiny, tmp_path / "whole", "iterations=1")
+    assert "BatchNorm" not in capsys.readouterr().out
+    run(tiny, tmp_path / "parts", "iterations=1", "accumulate=2")
+    assert "BatchNorm sees 1 of the 2 crops at a time" in capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(tiny, tmp_path):

@@ -1,8 +1,10 @@
 """train.py and evaluate.py in two processes over gloo, as torchrun starts them."""
 
+import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,15 +12,22 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import yaml
 
 import evaluate
 import train
+from benchmarks import survival
+from pointrend_triton.checkpoint import read_checkpoint
+from pointrend_triton.config import load_config
+from pointrend_triton.data import train_loader
 from pointrend_triton.distributed import World
 
 ROOT = Path(__file__).parents[1]
+ALONE = World(0, 1, torch.device("cpu"))
 TINY = {
     "model": {
         **{"depth": 18, "num_classes": 8, "base_channels": 8, "fpn_channels": 8},
@@ -43,31 +52,42 @@ def tiny(tmp_path):
     return path
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture
 def torchrun():
+    with torchruns() as start:
+        yield start
+
+
+@contextlib.contextmanager
+def torchruns():
     """torchrun(*arguments): two processes of a script, as a process group of their own."""
     started = []
 
-    def start(*arguments):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-        where = ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    def start(*arguments, per_node=2, where=()):
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={per_node}"]
+        where = where or ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
         process = subprocess.Popen(
             [*launcher, *where, *map(str, arguments)],
             **{"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             start_new_session=True,
         )
         started.append(process)
         return process
 
-    yield start
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    try:
+        yield start
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def rows(run_dir):
@@ -139,7 +159,7 @@ def test_an_evaluation_is_shared_out(tiny, checkpoint, monkeypatch):
 
     monkeypatch.setattr(evaluate, "evaluate_dataset", watched)
     assert evaluate.main([str(tiny), str(checkpoint), "--device", "cpu"]) == 0
-    assert seen == [World(0, 1, torch.device("cpu"))]
+    assert seen == [ALONE]
 
 
 @pytest.mark.slow
@@ -154,3 +174,127 @@ def test_an_evaluation_by_two_processes_counts_as_one(tiny, checkpoint, tmp_path
     assert one["results"] == two["results"] and one["results"]["coarse"]["images"] == 5
     assert output.count("5 images of shapes val, single scale") == 1
     assert len(list((tmp_path / "saved" / "color").iterdir())) == 5
+
+
+# ---------------------------------------------------------------- nodes, failures, kills, compiling
+
+
+@pytest.fixture(scope="module")
+def with_points(tmp_path_factory):
+    """A configuration whose ranks draw points of their own."""
+    path = tmp_path_factory.mktemp("with_points") / "tiny.yaml"
+    head = {"channels": 8, "num_points": 32, "subdivision_num_points": 64}
+    short = {"iterations": 8, "eval_every": 8}
+    config = TINY | {
+        "model": TINY["model"] | {"point_head": head},
+        "train": TINY["train"] | short,
+    }
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def straight(with_points):
+    """A run of two processes that nothing happens to."""
+    run_dir = with_points.parent / "straight"
+    with torchruns() as start:
+        process = start("train.py", with_points, f"run_dir={run_dir}")
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return run_dir
+
+
+@pytest.mark.slow
+def test_two_nodes_are_two_processes(with_points, straight, tmp_path, torchrun):
+    run_dir = tmp_path / "run"
+    meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--nnodes=2"]
+    nodes = [
+        torchrun("train.py", with_points, f"run_dir={run_dir}", per_node=1, where=meet)
+        for _ in range(2)
+    ]
+    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert sum("on 2 x cpu" in output for output in outputs) == 1
+    assert survival.compare(straight, run_dir) == []
+
+
+KILLED = """
+import os, signal, sys, train
+
+original = train.learning_rate
+
+def killed(iteration, settings):
+    if iteration == 6 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(iteration, settings)
+
+train.learning_rate = killed
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all_and_nothing_is_lost(with_points, straight, tmp_path, torchrun):
+    (tmp_path / "killed.py").write_text(KILLED)
+    run_dir = tmp_path / "run"
+    process = torchrun(tmp_path / "killed.py", with_points, f"run_dir={run_dir}")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "SIGKILL" in output, output
+    assert read_checkpoint(run_dir / "last.pth")["meta"]["iteration"] == 4
+    process = torchrun("train.py", with_points, f"run_dir={run_dir}", "resume=auto")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert survival.compare(straight, run_dir) == []
+
+
+@pytest.mark.slow
+def test_a_damaged_picture_that_one_rank_reads_ends_all(with_points, tmp_path, torchrun):
+    for kind in ("images", "labels"):
+        for split, count in (("train", 12), ("val", 1)):
+            (tmp_path / kind / split).mkdir(parents=True)
+            for i in range(count):
+                picture = np.full((64, 64, 3) if kind == "images" else (64, 64), i, np.uint8)
+                assert cv2.imwrite(str(tmp_path / kind / split / f"{i}.png"), picture % 2)
+    (tmp_path / "classes.csv").write_text("index,name\n" + "".join(f"{i},c{i}\n" for i in range(8)))
+    run_dir = tmp_path / "run"
+    changes = ["data.dataset=folder", f"data.root={tmp_path}", "checkpoint_every=1"]
+    data = load_config(with_points, changes).data
+    order = train_loader(train.build_dataset(data, "train"), data, 4, 0, 0, 3, ALONE.device)
+    *_, (_, _, files) = order
+    damaged = Path(files[3])  # of the third batch, in the second rank's part
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    process = torchrun("train.py", with_points, f"run_dir={run_dir}", *changes)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    first = next(line for line in output.splitlines() if re.search(r"[Ee]rror|Traceback", line))
+    assert str(damaged) in first, output
+    assert read_checkpoint(run_dir / "last.pth")["meta"]["iteration"] == 2
+
+
+# without code generation, which takes a minute; what breaks the graph breaks here too
+COMPILED = """
+import functools, sys, torch, train
+
+torch.compile = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+train.main(sys.argv[1:])
+print("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_step_of_two_ranks_is_one_graph(with_points, straight, tmp_path, torchrun):
+    (tmp_path / "compiled.py").write_text(COMPILED)
+    run_dir = tmp_path / "run"
+    process = torchrun(
+        *(tmp_path / "compiled.py", with_points, f"run_dir={run_dir}", "compile=true"),
+        *("checkpoint_every=3", "eval_every=3", "iterations=8"),
+    )
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert output.count("graphs: 1\n") == 2, output
+    for ours, expected in zip(losses(run_dir), losses(straight), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-4)
+
+
+def losses(run_dir):
+    return [float(row["loss"]) for row in rows(run_dir) if row["loss"]]

@@ -17,18 +17,23 @@ from pointrend_triton.run import whole_rows
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def settings_end_with_the_test():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def test_quick(tmp_path, capsys):
     options = ["--quick", "--device", "cpu", "--out", str(tmp_path)]
     assert train_step.main(options) == 0
-    result = json.loads((tmp_path / "train_step.json").read_text())
+    result = json.loads((tmp_path / "train_step_cpu.json").read_text())
     assert {"device", "commit", "date", "versions", "rates", "command"} <= result.keys()
     rows = result["rows"]
-    assert [row["variant"] for row in rows] == ["fp32", "bf16", "channels-last"]
-    assert [reason.split(":")[0] for reason in result["left_out"]] == [
-        *("compiled", "kernels", "deterministic")
-    ]
-    assert [row["settings"]["amp"] for row in rows] == [False, True, True]
-    assert [row["settings"]["channels_last"] for row in rows] == [False, False, True]
+    assert [row["variant"] for row in rows] == [*("fp32", "bf16", "channels-last", "deterministic")]
+    assert [reason.split(":")[0] for reason in result["left_out"]] == ["compiled", "kernels"]
+    assert [row["settings"]["amp"] for row in rows] == [False, True, False, False]
+    assert [row["settings"]["channels_last"] for row in rows] == [False, False, True, False]
+    assert [row["settings"]["deterministic"] for row in rows] == [False, False, False, True]
     for row in rows:
         assert row["error"] is None and row["peak_memory_gb"] is None
         assert 0 < row["ms_p10"] <= row["ms_median"] <= row["ms_p90"]
@@ -38,7 +43,7 @@ def test_quick(tmp_path, capsys):
         assert row["mfu_percent"] == pytest.approx(100 * reached / rate)
         assert len(row["losses"]) == 4
     assert rows[0]["loss_difference"] == 0 < rows[1]["loss_difference"] < 0.1
-    assert (tmp_path / "train_step.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "train_step_cpu.png").read_bytes().startswith(b"\x89PNG")
     assert "channels-last" in capsys.readouterr().out
 
 
@@ -73,8 +78,8 @@ def test_a_variant_that_fails_is_reported(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "backward", fails)
     assert train_step.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
-    rows = json.loads((tmp_path / "train_step.json").read_text())["rows"]
-    assert [row["error"] is None for row in rows] == [True, False, False]
+    rows = json.loads((tmp_path / "train_step_cpu.json").read_text())["rows"]
+    assert [row["error"] is None for row in rows] == [True, False, True, True]
     assert "failed: ArithmeticError: no such type" in capsys.readouterr().out
 
 
@@ -85,6 +90,13 @@ def test_a_gpu_runs_all_variants():
     for row, added in zip(rows[1:], list(train_step.WATERFALL.values())[1:], strict=True):
         before = rows[rows.index(row) - 1].settings
         assert row.settings == before | added != before
+
+
+def test_a_cpu_never_compiles_in_bf16():
+    rows, left_out = train_step.waterfall(CPU, quick=False)
+    assert [row.variant for row in rows] == [v for v in train_step.WATERFALL if v != "kernels"]
+    for row in rows[1:]:
+        assert row.settings == rows[0].settings | train_step.WATERFALL[row.variant]
 
 
 @pytest.mark.gpu

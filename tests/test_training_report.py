@@ -46,7 +46,7 @@ def test_the_report_has_the_figures_of_the_run(run_dir, capsys):
         "| device | a CPU |",
     ):
         assert line in report
-    assert cv2.imread(str(run_dir / "curves.png")).shape == (360, 1000, 3)
+    assert cv2.imread(str(run_dir / "curves.png")).shape == (360, 1500, 3)
 
 
 def test_curves_of_several_runs(run_dir, tmp_path):

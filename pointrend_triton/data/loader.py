@@ -117,17 +117,18 @@ class TrainLoader(DataLoader[Any]):
 
 
 def prepare(
-    dataset: SegmentationDataset, data: DataConfig, device: torch.device
+    dataset: SegmentationDataset, data: DataConfig, device: torch.device, *, quiet: bool = False
 ) -> SegmentationDataset:
     """The data set as training reads it: with data.cache, and data.resident, from there.
 
-    The cache is written, and the device's memory filled, if need be. What was prepared before comes
-    back as it is.
+    The cache is written, and the device's memory filled, if need be: every rank does that, all but
+    one `quiet`. What was prepared before comes back as it is.
     """
     if data.cache is not None and not isinstance(dataset, CachedDataset):
         dataset = cached(dataset, data.cache, data.workers)
-    if data.resident and isinstance(dataset, CachedDataset):
-        return dataset if isinstance(dataset, ResidentDataset) else ResidentDataset(dataset, device)
+    is_resident = isinstance(dataset, ResidentDataset)
+    if data.resident and not is_resident and isinstance(dataset, CachedDataset):
+        return ResidentDataset(dataset, device, quiet=quiet)
     return dataset
 
 

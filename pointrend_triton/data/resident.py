@@ -17,7 +17,9 @@ from pointrend_triton import ops
 from pointrend_triton.data.cache import CachedDataset
 from pointrend_triton.data.io import DataError
 from pointrend_triton.data.transforms import MEAN, STD, Cut, Size, TrainTransform
+from pointrend_triton.tiles import available_memory
 
+CPU_AVX2 = 11  # OpenCV's number, which cv2 has no name for
 Key = tuple[int, int]
 # `places` int64 [B,8] and `colours` float32 [B,5] of `ops.augment`, and the pictures' origins
 Choices = tuple[Tensor, Tensor, list[str]]
@@ -26,16 +28,16 @@ Choices = tuple[Tensor, Tensor, list[str]]
 class ResidentDataset(CachedDataset):
     """`cached`, with a copy of all its pictures and labels in the memory of `device`.
 
-    Says how much that is first. DataError: more than a GPU has free.
+    Says, unless `quiet`, how much that is and what it leaves. DataError: more than is free there.
 
     Attributes:
         pictures: uint8 [pixels,4] on the device: blue, green, red, class.
     """
 
-    def __init__(self, cached: CachedDataset, device: torch.device) -> None:
+    def __init__(self, cached: CachedDataset, device: torch.device, *, quiet: bool = False) -> None:
         super().__init__(cached.dataset, cached.place, cached.sizes.tolist())
         self.cached = cached
-        self.pictures = _upload(cached, device)
+        self.pictures = _upload(cached, device, quiet)
 
     def crops(self, choices: Choices, size: Size) -> tuple[Tensor, Tensor, list[str]]:
         """Images float32 [B,3,h,w], labels int64 [B,h,w] on the device, and the origins."""
@@ -76,12 +78,17 @@ def place_of(cut: Cut, start: int, size: tuple[int, ...]) -> list[int]:
     return [start, *size, *cut.size, top, left, int(cut.flip)]
 
 
-def _upload(dataset: CachedDataset, device: torch.device) -> Tensor:
+def _upload(dataset: CachedDataset, device: torch.device, quiet: bool) -> Tensor:
     pixels = int(dataset.sizes.prod(axis=1).sum())
-    _check_room(len(dataset), 4 * pixels, device)
+    text = _check_room(len(dataset), 4 * pixels, device)
+    if not quiet:
+        print(text, flush=True)
+        if not cv2.checkHardwareSupport(CPU_AVX2):
+            print("data.resident: no AVX2 here: some grey levels differ from those of data.cache")
     pictures = torch.empty(pixels, 4, dtype=torch.uint8, device=device)
     starts = dataset.starts.tolist()
-    for index in tqdm(range(len(dataset)), "data.resident", unit="image", disable=None):
+    hidden = True if quiet else None
+    for index in tqdm(range(len(dataset)), "data.resident", unit="image", disable=hidden):
         image, label = dataset.load(index)
         packed = torch.from_numpy(cv2.merge([image, label]).reshape(-1, 4))
         pictures[starts[index] :][: len(packed)] = packed
@@ -90,18 +97,11 @@ def _upload(dataset: CachedDataset, device: torch.device) -> Tensor:
     return pictures
 
 
-def _check_room(count: int, need: int, device: torch.device) -> None:
+def _check_room(count: int, need: int, device: torch.device) -> str:
+    """What is going to be taken, in words; how much training needs is not known here."""
     text = f"data.resident: {count} images, {need / 1e9:.2f} GB, in the memory of {device}"
-    free = _free_bytes(device)
-    if free is None:
-        print(text, flush=True)
-        return
+    free = available_memory(device)
     if need > free:
         hint = "data.resident=false reads them from data.cache"
         raise DataError(f"{text}, where {free / 1e9:.2f} GB are free; {hint}")
-    print(f"{text} ({free / 1e9:.2f} GB free)", flush=True)
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Of a GPU; None for the CPU, whose memory holds the cache's files anyway."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    return f"{text}, which leaves {(free - need) / 1e9:.2f} GB for training"

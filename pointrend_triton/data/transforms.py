@@ -112,10 +112,11 @@ class TestTransform:
 def keep_ratio_size(height: int, width: int, scale: Size) -> Size:
     """The largest (height, width) of the picture's ratio that fits `scale`, rounded half up.
 
-    `scale` bounds the longer and the shorter side, in either order; small pictures grow.
+    `scale` bounds the longer and the shorter side, in either order; small pictures grow, and those
+    of extreme shape keep a pixel.
     """
     factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
-    return int(height * factor + 0.5), int(width * factor + 0.5)
+    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 
 
 def rescale_size(

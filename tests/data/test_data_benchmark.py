@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import bench_augment, harness
 from benchmarks import data as bench
 from pointrend_triton.config import DataConfig
 from pointrend_triton.data import build_dataset
@@ -49,12 +48,3 @@ def test_every_path_to_the_pictures_of_files(tmp_path):
     assert [row.path for row in rows] == ["published", "files", "cache", "resident"]
     assert all(row.pictures_per_second > 0 and row.cpu_ms_transform > 0 for row in rows)
     assert len(list((tmp_path / "cache").iterdir())) == 1
-
-
-@pytest.mark.slow
-def test_the_bench_of_crops_on_the_device(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "triton_runs", lambda device: False)  # it would take minutes
-    assert bench_augment.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "augment.json").read_text())["rows"]
-    assert {row["case"] for row in rows} == {"cityscapes", "ade20k"}
-    assert all(row["difference"] == 0 and row["error"] is None for row in rows)

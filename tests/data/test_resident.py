@@ -25,7 +25,7 @@ from pointrend_triton.data.transforms import MEAN, STD, Colours, distort, normal
 
 ROOT = Path(__file__).resolve().parents[2]
 # elsewhere OpenCV's way back from HSV rounds twice, and in other columns to the nearest
-HAS_AVX2 = cv2.checkHardwareSupport(11)
+HAS_AVX2 = cv2.checkHardwareSupport(resident.CPU_AVX2)
 CPU = torch.device("cpu")
 
 
@@ -90,13 +90,25 @@ def test_any_crop_is_that_of_the_loader(sizes, scale, crop, seed, smooth):
     ("size", "scale", "crop"),
     # halved, which OpenCV does in a way of its own; as it is; doubled; enlarged 13-fold
     [((64, 96), (48, 32), (32, 48)), ((40, 64), (64, 40), (40, 64))]
-    + [((30, 20), (60, 40), (64, 64)), ((9, 9), (117, 117), (100, 117))],
+    + [((30, 20), (60, 40), (64, 64)), ((9, 9), (117, 117), (100, 117))]
+    # so narrow that a column would be rounded away, and so low that a row would be
+    + [((400, 2), (64, 48), (48, 48)), ((3, 700), (64, 48), (48, 48))],
 )
-def test_factors_that_are_whole(size, scale, crop):
+def test_sizes_of_a_kind(size, scale, crop):
     data = DataConfig(scale=scale, crop_size=crop, scale_range=(1.0, 1.0))
     pairs = [picture(*size, seed, smooth=False) for seed in range(4)]
     for seed in range(10):
         (images, labels), (wanted, truth) = both(pairs, data, seed)
+        assert_same(images, wanted)
+        assert torch.equal(labels, truth)
+
+
+@pytest.mark.slow
+def test_the_published_size():
+    data = DataConfig(scale=(2048, 1024), crop_size=(512, 1024))
+    image, label = picture(1024, 2048, 0, smooth=True)
+    for seed in range(5):
+        (images, labels), (wanted, truth) = both([(image, label)], data, seed)
         assert_same(images, wanted)
         assert torch.equal(labels, truth)
 
@@ -190,7 +202,37 @@ def test_resident_or_not_the_batches_are_the_same(data, workers, capsys):
         assert_same(images, wanted)
         assert torch.equal(labels, truth)
         assert files == names
-    assert "data.resident: 6 images, 0.00 GB, in the memory of cpu\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "data.resident: 6 images, 0.00 GB, in the memory of cpu, which leaves" in out
+    assert ("no AVX2" in out) != HAS_AVX2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_made_on_a_gpu_are_those_of_the_cpu(data, workers):
+    data.resident, data.workers = True, workers
+    dataset, device = build_dataset(data, "train"), torch.device("cuda")
+    expected = batches(data, dataset)
+    for ours, theirs in zip(batches_beside_work(data, dataset, device), expected, strict=True):
+        assert torch.equal(ours[0].cpu(), theirs[0])
+        assert torch.equal(ours[1].cpu(), theirs[1])
+        assert ours[2] == theirs[2]
+
+
+def batches_beside_work(data, dataset, device):
+    feed = iter(train_loader(dataset, data, 4, 3, 0, 6, device))
+    for number in range(6):
+        # for the main stream; memory that came back too early, or was not written yet, would show
+        busy = torch.randn(2048, 2048, device=device)
+        for _ in range(10):
+            busy = busy @ busy.sigmoid()
+        if number == 2:  # the kernel has been compiled and tuned
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            batch = next(feed)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        yield batch
 
 
 def test_the_memory_is_filled_once(data, monkeypatch):
@@ -221,17 +263,26 @@ def test_loader_processes_get_no_pictures(data):
 
 def test_too_small_a_memory(data, monkeypatch):
     data.resident, dataset = True, cached(build_dataset(data, "train"), data.cache, 0)
-    monkeypatch.setattr(resident, "_free_bytes", lambda device: 10**4)
+    monkeypatch.setattr(resident, "available_memory", lambda device: 10**4)
     monkeypatch.setattr(torch, "empty", None)
     rule = r"data\.resident: 6 images, 0\.00 GB, in the memory of cpu, where 0\.00 GB are free; dat"
     with pytest.raises(DataError, match=rule):
         prepare(dataset, data, CPU)
 
 
-def test_the_size_comes_with_what_is_free(data, monkeypatch, capsys):
-    monkeypatch.setattr(resident, "_free_bytes", lambda device: 2 * 10**9)
-    resident.ResidentDataset(cached(build_dataset(data, "train"), data.cache, 0), CPU)
-    assert "in the memory of cpu (2.00 GB free)" in capsys.readouterr().out
+def test_the_size_comes_with_what_is_left(data, monkeypatch, capsys):
+    monkeypatch.setattr(resident, "available_memory", lambda device: 2 * 10**9)
+    monkeypatch.setattr(cv2, "checkHardwareSupport", lambda feature: feature != 11)
+    data.resident, dataset = True, cached(build_dataset(data, "train"), data.cache, 0)
+    capsys.readouterr()
+    assert len(prepare(dataset, data, CPU, quiet=True).pictures)
+    assert capsys.readouterr() == ("", "")
+    prepare(dataset, data, CPU)
+    assert capsys.readouterr().out == (
+        "data.resident: 6 images, 0.00 GB, in the memory of cpu, "
+        "which leaves 2.00 GB for training\n"
+        "data.resident: no AVX2 here: some grey levels differ from those of data.cache\n"
+    )
 
 
 def test_resident_needs_a_cache():
@@ -240,17 +291,30 @@ def test_resident_needs_a_cache():
 
 
 @pytest.mark.slow
-def test_a_run_is_the_same_and_goes_on_either_way(data, tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_run_is_the_same_and_goes_on_either_way(data, tmp_path, device):
     config = tmp_path / "tiny.yaml"
     tree = {**TINY, "data": {"dataset": "folder", "root": data.root, "cache": data.cache}}
     tree["data"] |= {"crop_size": [32, 48], "scale": [64, 48], "workers": 0, "test_scale": None}
+    tree["train"] = {**TINY["train"], "device": device}
     config.write_text(yaml.safe_dump(tree))
     plain = run(config, tmp_path / "plain")
     ours = run(config, tmp_path / "ours", "resident=true")
-    assert ours[-1]["loss_point"] == plain[-1]["loss_point"] or not HAS_AVX2
-    last = tmp_path / "ours" / "last-1.pth"
-    rest = run(config, tmp_path / "rest", f"resume={last}")
-    assert rest[-1] == ours[-1]
+    rest = run(config, tmp_path / "rest", f"resume={tmp_path / 'ours' / 'last-1.pth'}")
+    # each with losses or, after an evaluation, with scores
+    assert [(row["iteration"], row["loss"] != "") for row in ours] == [
+        *[(str(n), True) for n in (1, 2, 3, 4)],
+        ("4", False),
+        *[(str(n), True) for n in (5, 6, 7, 8)],
+        ("8", False),
+    ]
+    assert len(plain) == 10 and [row["iteration"] for row in rest] == ["7", "8", "8"]
+    if device == "cuda" or not HAS_AVX2:
+        # a GPU adds up gradients in any order; the first loss comes before those
+        assert float(ours[0]["loss"]) == pytest.approx(float(plain[0]["loss"]), rel=0.02)
+    else:
+        assert ours == plain
+        assert rest == ours[-3:]
 
 
 @pytest.mark.slow

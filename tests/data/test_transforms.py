@@ -69,6 +69,9 @@ def random_image(shape=(37, 53), seed=0):
         ((100, 1000), (2048, 512), (205, 2048)),
         ((1000, 100), (2048, 512), (2048, 205)),
         ((512, 768), (2048, 512), (512, 768)),
+        # mmsegmentation ends in an error of OpenCV here
+        ((400, 2), (64, 48), (64, 1)),
+        ((2, 400), (64, 48), (1, 64)),
     ],
 )
 def test_keep_ratio_size(size, scale, expected):
