@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks import inputs
 from pointrend_triton import ops
+from pointrend_triton.data import MEAN, STD
 from pointrend_triton.inference import pick_device
 
 # 7 x 5 maps lie wholly in one block, 33 x 41 do not; C = 1, 2 and 19 take different paths
@@ -65,6 +66,15 @@ def run(dtype: torch.dtype, channels_last: bool, device: torch.device) -> None:
             )
 
 
+def crop(device: torch.device) -> None:
+    """A training crop that ends in a picture's last corner, and one of a picture as it is."""
+    pictures = torch.randint(256, (35, 4), dtype=torch.uint8, device=device)
+    places = torch.tensor([[0, 5, 7, 9, 13, 2, 3, 1], [0, 5, 7, 5, 7, 0, 0, 0]], device=device)
+    colours = torch.tensor([[5, 1.1, 0.9, 7, 1.2], [0, 1, 0, -1, 1]], device=device)
+    images, labels = ops.augment(pictures, places, colours, (9, 41), mean=MEAN, std=STD)
+    _check(images, labels)
+
+
 def _check(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and tensor.is_floating_point() and not tensor.isfinite().all():
@@ -79,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     torch.manual_seed(0)
+    crop(device)
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
     for dtype, channels_last in itertools.product(dtypes, (False, True)):
         run(dtype, channels_last, device)

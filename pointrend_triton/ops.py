@@ -595,6 +595,11 @@ def _check_crops(pictures: Tensor, places: Tensor, colours: Tensor) -> None:
             raise ValueError(f"{name} must be [n, {columns}], not {tuple(value.shape)}")
         if not value.is_contiguous():
             raise ValueError(f"{name} must be contiguous, not of strides {value.stride()}")
+    if pictures.storage_offset() % 4:  # the kernel reads a pixel as one number
+        raise ValueError(
+            "pictures must begin at a multiple of 4 bytes of its memory, "
+            f"not at byte {pictures.storage_offset()}"
+        )
     if places.shape[0] != colours.shape[0]:
         raise ValueError(
             "places and colours must be for as many crops, "

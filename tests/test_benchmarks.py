@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 OPS = (
     *("point_sample", "uncertainty", "select", "point_head", "decode", "refine"),
-    "training_branch",
+    *("training_branch", "augment"),
 )
 RATES = Rates(1000.0, {"fp32": 10.0, "bf16": 100.0}, 5000.0)
 ROW = Row("op", "case", {"N": 1}, "bf16", "forward", "eager", "nchw")
@@ -287,6 +287,7 @@ def test_sanitize_runs_every_operation(monkeypatch, capsys):
         "point_head",
         "decode",
         "refine",
+        "augment",
     ):
         original = getattr(ops, name)
 
@@ -296,7 +297,7 @@ def test_sanitize_runs_every_operation(monkeypatch, capsys):
 
         monkeypatch.setattr(ops, name, spy)
     assert sanitize.main(["--device", "cpu"]) == 0
-    assert len(called) == 7
+    assert len(called) == 8
 
 
 @pytest.mark.slow

@@ -146,16 +146,20 @@ def test_pictures_beyond_31_bits(device):
     assert torch.equal(labels[0], expected[..., 3].long())
 
 
-def call(pictures=None, places=None, colours=None, size=(4, 6), mean=MEAN, std=STD):
+def call(**change):
     tensors = batch([(place((2, 2), (2, 2)), PLAIN)], "cpu")
-    given = [a if b is None else b for a, b in zip(tensors, (pictures, places, colours))]  # noqa: B905
-    return ops.augment(*given, size, mean=mean, std=std)
+    right = dict(zip(("pictures", "places", "colours"), tensors, strict=True))
+    return ops.augment(**(right | {"size": (4, 6), "mean": MEAN, "std": STD} | change))
+
+
+def test_arguments_that_are_right():
+    assert call()[0].shape == (1, 3, 4, 6)
+    assert call(pictures=torch.zeros(44, dtype=torch.uint8)[4:].view(10, 4))[1].max() == 255
 
 
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"pictures": None}, None, ""),
         ({"pictures": [1]}, TypeError, "pictures must be a tensor, not list"),
         ({"pictures": torch.zeros(9, 4)}, TypeError, "pictures must be torch.uint8, not torch.flo"),
         (
@@ -167,6 +171,11 @@ def call(pictures=None, places=None, colours=None, size=(4, 6), mean=MEAN, std=S
             {"pictures": torch.zeros(4, 9, dtype=torch.uint8).T},
             ValueError,
             "pictures must be contiguous, not of strides (1, 9)",
+        ),
+        (
+            {"pictures": torch.zeros(41, dtype=torch.uint8)[1:].view(10, 4)},
+            ValueError,
+            "pictures must begin at a multiple of 4 bytes of its memory, not at byte 1",
         ),
         ({"places": torch.zeros(1, 8)}, TypeError, "places must be torch.int64"),
         ({"colours": torch.zeros(1, 6)}, ValueError, "colours must be [n, 5], not (1, 6)"),
@@ -186,8 +195,5 @@ def call(pictures=None, places=None, colours=None, size=(4, 6), mean=MEAN, std=S
     ],
 )
 def test_arguments_that_cannot_be_right(change, error, words):
-    if error is None:
-        assert call(**change)[0].shape == (1, 3, 4, 6)
-        return
     with pytest.raises(error, match=re.escape(words)):
         call(**change)
