@@ -16,6 +16,7 @@ from torch import Tensor
 from pointrend_triton import reference, tiles, visualize
 from pointrend_triton.data import DataError, keep_ratio_size
 from pointrend_triton.data.transforms import normalise, resize
+from pointrend_triton.memory import available_memory
 from pointrend_triton.predictor import Predictor
 
 Image = npt.NDArray[np.uint8]
@@ -92,7 +93,7 @@ class Segmenter:
         self.subdivision = {"steps": steps, "num_points": num_points}
         self.refine, self.on_tile = refine, on_tile
         # half: the pictures that are read and written meanwhile need some too
-        self.memory = tiles.available_memory(predictor.device) // 2
+        self.memory = available_memory(predictor.device) // 2
 
     def prepare(self, image: Image) -> Prepared:
         """A picture uint8 BGR [H,W,3], resized and normalised; needs no network."""

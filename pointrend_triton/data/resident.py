@@ -17,7 +17,7 @@ from pointrend_triton import ops
 from pointrend_triton.data.cache import CachedDataset
 from pointrend_triton.data.io import DataError
 from pointrend_triton.data.transforms import MEAN, STD, Cut, Size, TrainTransform
-from pointrend_triton.tiles import available_memory
+from pointrend_triton.memory import available_memory
 
 CPU_AVX2 = 11  # OpenCV's number, which cv2 has no name for
 Key = tuple[int, int]
