@@ -234,7 +234,8 @@ def test_topk_of_open_size_repeats_the_first_cell_on_small_grids() -> None:
         assert torch.equal(coords, reference.grid_coords(indices, height, width))
 
 
-def test_files_are_compared_without_tf32(model: PointRend) -> None:
+def test_files_are_compared_without_tf32(model: PointRend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     seen = []
     matmul = torch.backends.cuda.matmul
 

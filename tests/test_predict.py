@@ -562,7 +562,7 @@ def test_float32_is_without_tf32(run, tmp_path, monkeypatch):
 
     save(tmp_path / "a.png")
     monkeypatch.setattr(Predictor, "__call__", look)
-    assert torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert run("a.png") == 0
     assert seen == [False] and torch.backends.cudnn.allow_tf32
 
