@@ -100,8 +100,7 @@ class Segmenter:
         resized, height, width = image, *image.shape[:2]
         if self.scale is not None:
             size = keep_ratio_size(height, width, self.scale)
-            # a picture of extreme shape keeps a row
-            resized = resize(image, (max(size[0], 1), max(size[1], 1)), cv2.INTER_LINEAR)
+            resized = resize(image, size, cv2.INTER_LINEAR)
         height, width = resized.shape[:2]
         if self.tile == "auto":
             config, dtype = self.predictor.model.config, self.predictor.dtype
