@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -135,6 +136,8 @@ def test_a_browser_shows_it(browser, written, tmp_path):
         capture_output=True,
         text=True,
         timeout=60,
+        # its crash reporter writes to the home, whatever the profile
+        env=os.environ | {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / "config")},
     )
     said = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
     assert not said, "\n".join(said)
