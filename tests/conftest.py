@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -12,6 +13,8 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined, so it comes before any import of the package
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from pointrend_triton import precision
 
 # the tensors are small: more threads wait for each other longer than they compute
 torch.set_num_threads(1)
@@ -40,6 +43,13 @@ def seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    """The PyTorch that kernels are compared with never uses TF32, a GPU's default."""
+    with precision.tf32(False):
+        yield
 
 
 @pytest.fixture(scope="session")
