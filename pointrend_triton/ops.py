@@ -61,6 +61,8 @@ def point_sample(
     Args:
         input: [N, C, H, W], floating point, or integer or bool (labels and masks).
         coords: [N, P, 2], [1, P, 2] shared by all maps, or [N, Hg, Wg, 2]; may lie outside [0, 1].
+            What is not finite lies beyond the map: 0 with "zeros"; with "border" infinity is the
+            last cell, NaN the first. So CUDA's `grid_sample` has it, and here every device.
         mode: "bilinear" or "nearest" (ties go to the even cell, as in `grid_sample`).
         padding_mode: "zeros" or "border".
         align_corners: True puts 0 and 1 on the centres of the outermost cells.
