@@ -492,7 +492,7 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 def _is_exporting() -> bool:
     """What is exported or traced must hold no kernels, so that it runs elsewhere."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return tracing or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    return tracing or reference.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 @torch.compiler.assume_constant_result
@@ -501,7 +501,7 @@ def _why_no_kernels(kind: str, index: int | None) -> str | None:
     if library is None:
         return "Triton is not installed"
     if library.INTERPRETED:
-        return None  # on the CPU, through Triton's interpreter
+        return library.INTERPRETER_FAULT  # on the CPU, through Triton's interpreter
     if kind != "cuda":
         return "Triton kernels need a CUDA device (TRITON_INTERPRET=1 interprets them on the CPU)"
     if torch.version.hip is not None:

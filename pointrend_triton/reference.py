@@ -226,8 +226,14 @@ def resample(logits: Tensor, size: tuple[int, int] | None) -> Tensor:
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether `torch.export` is at work, asked for real: traced, PyTorch 2.11 always says yes."""
+    return torch.compiler.is_exporting()
+
+
 def _is_size(map: Tensor, size: tuple[int, int]) -> bool:
-    if torch.compiler.is_exporting():
+    if is_exporting():
         from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
 
         # what is exported for many sizes may leave out only what none of them needs
