@@ -20,11 +20,12 @@ from pointrend_triton.kernels import point_sample as sample_kernels
 from pointrend_triton.kernels import refine as refine_kernels
 from pointrend_triton.kernels import select as select_kernels
 from pointrend_triton.kernels import uncertainty as uncertainty_kernels
-from pointrend_triton.kernels.launch import INTERPRETED
+from pointrend_triton.kernels.launch import INTERPRETED, INTERPRETER_FAULT
 from pointrend_triton.kernels.point_head import unsupported as unsupported_head
 
 __all__ = [
     "INTERPRETED",
+    "INTERPRETER_FAULT",
     "augment",
     "decode",
     "point_head",
