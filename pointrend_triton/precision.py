@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import backends
 
-_CONVOLUTION, _RECURRENT, _MATMUL = backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul
+# Any: checkers take them for modules
+_CONVOLUTION: Any = backends.cudnn.conv
+_RECURRENT: Any = backends.cudnn.rnn
+_MATMUL: Any = backends.cuda.matmul
 # a CPU's too: it may be told to multiply float32 as bfloat16
-_CPU = backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul
-_SETTINGS = (_CONVOLUTION, _RECURRENT, _MATMUL, *_CPU)
+_CPU: Any = backends.mkldnn
+_SETTINGS = (_CONVOLUTION, _RECURRENT, _MATMUL, _CPU.conv, _CPU.rnn, _CPU.matmul)
 
 
 def matmul_is_tf32() -> bool:
