@@ -15,12 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import backends
 
-# Any: checkers take them for modules
-_CONVOLUTION: Any = backends.cudnn.conv
-_RECURRENT: Any = backends.cudnn.rnn
-_MATMUL: Any = backends.cuda.matmul
-# a CPU's too: it may be told to multiply float32 as bfloat16
-_CPU: Any = backends.mkldnn
+_CUDNN: Any = backends.cudnn  # which checkers take for mere modules
+_CPU: Any = backends.mkldnn  # may be told to multiply float32 as bfloat16
+_CONVOLUTION, _RECURRENT, _MATMUL = _CUDNN.conv, _CUDNN.rnn, backends.cuda.matmul
 _SETTINGS = (_CONVOLUTION, _RECURRENT, _MATMUL, _CPU.conv, _CPU.rnn, _CPU.matmul)
 
 
