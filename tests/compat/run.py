@@ -152,7 +152,7 @@ def run(name: str, python: Path, part: Part) -> Result:
         command = ["bash", "benchmarks/gpu_check.sh", part.gpu_check, str(out)]
         settings |= {"DEVICE": "cpu", "QUICK": "1", "PYTHON": str(python)}
     else:
-        base = f"--basetemp={CACHE / 'tests' / name}"
+        base = f"--basetemp={logs / f'{name}-tests'}"
         command = [str(python), "-m", "pytest", *OPTIONS, base, f"--junitxml={junit}", *part.tests]
     every = {**os.environ, **settings}
     ran = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, env=every)
