@@ -301,9 +301,7 @@ if [ -n "${CACHE:-}" ]; then
     run "Triton's cache" cache "$python" -m benchmarks.triton_cache unpack "$CACHE"
 fi
 if [ -n "${TUNED:-}" ]; then
-    run "tuned before" tuned "$python" -c \
-        "import sys; from pointrend_triton.kernels import store; print(store.adopt(0, sys.argv[1]))" \
-        "$TUNED"
+    run "tuned before" tuned "$python" -m pointrend_triton.tune --adopt "$TUNED"
 fi
 for name in $known; do
     if runs "$name"; then "$name"; fi

@@ -3,12 +3,8 @@
 import csv
 import importlib
 import json
-import os
 import re
-import stat
-import subprocess
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +13,6 @@ from benchmarks import floors, harness, inputs, plot, record, row_gather, saniti
 from benchmarks.harness import Rates, Row
 from pointrend_triton import ops, reference
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 OPS = (
     *("point_sample", "uncertainty", "select", "point_head", "decode", "refine"),
@@ -298,26 +293,3 @@ def test_sanitize_runs_every_operation(monkeypatch, capsys):
         monkeypatch.setattr(ops, name, spy)
     assert sanitize.main(["--device", "cpu"]) == 0
     assert len(called) == 8
-
-
-@pytest.mark.slow
-def test_gpu_check_goes_on_after_a_failure(tmp_path):
-    """With a Python that only notes its arguments: each part is run once, one of them fails."""
-    fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *bench_select*) exit 3;; esac\n')
-    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
-    done = subprocess.run(
-        ["bash", ROOT / "benchmarks/gpu_check.sh", tmp_path / "out"],
-        env={**os.environ, "PYTHON": str(fake), "DEVICE": "cpu", "QUICK": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 1, done.stderr
-    assert "1 part(s) failed" in done.stdout
-    log = (tmp_path / "out" / "log.txt").read_text()
-    assert "bench select: status 3" in log
-    for op in OPS:
-        assert log.count(f"ran -m benchmarks.bench_{op} --device cpu") == 1
-    for part in ("pytest", "benchmarks.sanitize", "benchmarks.record", "benchmarks.plot"):
-        assert f"{part} " in log
