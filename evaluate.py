@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 
+from pointrend_triton import precision
 from pointrend_triton.arguments import UsageError, positive
 from pointrend_triton.checkpoint import CheckpointError, from_checkpoint, read_checkpoint
 from pointrend_triton.config import Config, ConfigError, load_config
@@ -49,7 +50,6 @@ from pointrend_triton.inference import (
     Speed,
     evaluate_dataset,
     example_picture,
-    full_float32,
     measure_speed,
 )
 from pointrend_triton.metrics import SegmentationMetrics
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except ValueError as error:
                 raise UsageError(f"--device {error}") from None
             # float32 as published: on a V100, which has no TF32
-            stack.enter_context(full_float32())
+            stack.enter_context(precision.tf32(False))
             evaluate(args, world)
     except (UsageError, ConfigError, DataError, CheckpointError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)

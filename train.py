@@ -37,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
+from pointrend_triton import precision
 from pointrend_triton.checkpoint import load_backbone, missing_backbone_message
 from pointrend_triton.config import Config, TrainConfig, load_config, save_config
 from pointrend_triton.data import SegmentationDataset, build_dataset, prepare, train_loader
@@ -133,8 +134,7 @@ def make_optimizer(model: PointRend, train: TrainConfig) -> torch.optim.Optimize
 
 
 def set_numerics(train: TrainConfig) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = train.tf32
-    torch.backends.cudnn.allow_tf32 = train.tf32
+    precision.set_tf32(train.tf32)
     torch.backends.cudnn.benchmark = not train.deterministic  # as published; sizes never change
     if train.compile:  # draws the points that it draws without
         torch._inductor.config.fallback_random = True

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from benchmarks import end_to_end_report, inputs, peer, record
 from benchmarks.harness import DTYPES, EFFORTS, Timer
-from pointrend_triton import Predictor, from_checkpoint, ops
+from pointrend_triton import Predictor, from_checkpoint, ops, precision
 from pointrend_triton.checkpoint import CheckpointError
 from pointrend_triton.config import ConfigError, load_config
 from pointrend_triton.inference import pick_device
@@ -90,7 +90,7 @@ WATERFALL: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("tf32", "channels_last", "fold", "compile", "graphs"), False),
         **{"dtype": "fp32", "backend": "reference", "refine": True},
     },
-    "tf32": {"tf32": True},  # of convolutions, as PyTorch sets it by default
+    "tf32": {"tf32": True},  # of all layers, which are convolutions: PyTorch's default
     "bf16": {"dtype": "bf16"},
     "channels-last": {"channels_last": True},
     "BN folded": {"fold": True},
@@ -197,11 +197,13 @@ def plan(model: str, device: torch.device, quick: bool) -> tuple[list[list[Row]]
 @contextlib.contextmanager
 def as_set(settings: Mapping[str, Any]) -> Iterator[None]:
     """What a variant sets outside of its Predictor."""
-    flags = torch.backends.cudnn.flags(
-        enabled=True, benchmark=True, allow_tf32=bool(settings["tf32"])
-    )
-    with flags, ops.backend(settings["backend"]):
-        yield
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, True
+    try:
+        with precision.tf32(bool(settings["tf32"])), ops.backend(settings["backend"]):
+            yield
+    finally:
+        cudnn.benchmark = before
 
 
 @dataclass

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks import record
 from benchmarks.floors import Work
 from benchmarks.inputs import Sizes, scaled
-from pointrend_triton import ops
+from pointrend_triton import ops, precision
 from pointrend_triton.inference import pick_device
 
 Inputs = dict[str, Any]  # tensors, or lists of tensors
@@ -544,7 +544,7 @@ def main(op: str, cases: Sequence[Case], argv: Sequence[str] | None = None) -> i
     rows: list[Row] = []
     start = time.monotonic()
     # true fp32 in every variant: convolutions would otherwise take TF32
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with precision.tf32(False):
         for case, dtype, compiled in tqdm(jobs, desc=op, leave=False, disable=None):
             if args.seconds is not None and time.monotonic() - start > args.seconds:
                 header["left_out"].append(f"{case.name} {dtype}{' compiled' * compiled}")

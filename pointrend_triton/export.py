@@ -41,12 +41,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from pointrend_triton import reference
+from pointrend_triton import precision, reference
 from pointrend_triton.checkpoint import CheckpointError, from_checkpoint
 from pointrend_triton.data.transforms import MEAN, STD
 from pointrend_triton.export_formats import Run, pick_format
 from pointrend_triton.exportable import OUTPUTS, Exportable, ExportError, trace
-from pointrend_triton.inference import evaluation_mode, full_float32, pick_device
+from pointrend_triton.inference import evaluation_mode, pick_device
 from pointrend_triton.models.pointrend import PointRend
 
 Size = tuple[int, int]
@@ -154,7 +154,7 @@ def compare(
     pictures = example_pictures(shape).to(exportable.device)
     images = (pictures.float() - exportable.mean) / exportable.std
     # rounded to TF32, the two would differ by more than the tolerance
-    with full_float32(), evaluation_mode(model):
+    with precision.tf32(False), evaluation_mode(model):
         expected = model(images, steps=exportable.steps, num_points=exportable.num_points)
         found = run(pictures if exportable.normalise else images).to(expected.device)
     labels, largest = found, expected.abs().max().item()

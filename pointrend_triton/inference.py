@@ -351,20 +351,6 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """float32 without TF32, which PyTorch lets a GPU's convolutions use by default."""
-    matmul = torch.backends.cuda.matmul
-    # not allow_tf32, which raises where the setting was made by this name
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        matmul.fp32_precision = before
-
-
 def ahead(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], count: int
 ) -> Iterator[Future[Result]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from pointrend_triton import precision
 from pointrend_triton.kernels import augment as augment_kernels
 from pointrend_triton.kernels import decode as decode_kernels
 from pointrend_triton.kernels import point_head as head_kernels
@@ -19,11 +20,12 @@ from pointrend_triton.kernels import point_sample as sample_kernels
 from pointrend_triton.kernels import refine as refine_kernels
 from pointrend_triton.kernels import select as select_kernels
 from pointrend_triton.kernels import uncertainty as uncertainty_kernels
-from pointrend_triton.kernels.launch import INTERPRETED
+from pointrend_triton.kernels.launch import INTERPRETED, INTERPRETER_FAULT
 from pointrend_triton.kernels.point_head import unsupported as unsupported_head
 
 __all__ = [
     "INTERPRETED",
+    "INTERPRETER_FAULT",
     "augment",
     "decode",
     "point_head",
@@ -193,10 +195,9 @@ def point_head(
         classes=coarse_map.shape[1],
         coarse_each_layer=coarse_each_layer,
         dtype=dtype,
+        precision=_precision(),
     )
-    return head_kernels.forward(
-        fine_map, coarse_map, coords, packed, save=save, precision=_precision(dtype)
-    )
+    return head_kernels.forward(fine_map, coarse_map, coords, packed, save=save)
 
 
 @point_head.register_fake
@@ -238,10 +239,9 @@ def point_head_backward(
         classes=coarse[0],
         coarse_each_layer=coarse_each_layer,
         dtype=dtype,
+        precision=_precision(),
     )
-    d_fine, d_coarse, d_weights, d_biases = head_kernels.mlp_backward(
-        grad, saved, packed, precision=_precision(dtype)
-    )
+    d_fine, d_coarse, d_weights, d_biases = head_kernels.mlp_backward(grad, saved, packed)
     maps = []
     for points, (_, height, width), map_dtype, is_channels_last, is_needed in zip(
         (d_fine, d_coarse),
@@ -385,7 +385,7 @@ def refine(
         image_size=_pair(image_size),
         size=_pair(size),
         dtype=dtype,
-        precision=_precision(dtype),
+        precision=_precision(),
     )
 
 
@@ -429,11 +429,9 @@ def _(pictures, places, colours, size, mean, std):
     return colours.new_empty(n, 3, *size), places.new_empty(n, *size)
 
 
-def _precision(dtype: torch.dtype) -> str:
+def _precision() -> str:
     """How fp32 is multiplied: as torch multiplies matrices."""
-    # not allow_tf32, which raises where the setting was made by this name
-    is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and is_tf32 else "ieee"
+    return "tf32" if precision.matmul_is_tf32() else "ieee"
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

@@ -61,6 +61,8 @@ def point_sample(
     Args:
         input: [N, C, H, W], floating point, or integer or bool (labels and masks).
         coords: [N, P, 2], [1, P, 2] shared by all maps, or [N, Hg, Wg, 2]; may lie outside [0, 1].
+            What is not finite lies beyond the map: 0 with "zeros"; with "border" infinity is the
+            last cell, NaN the first. So CUDA's `grid_sample` has it, and here every device.
         mode: "bilinear" or "nearest" (ties go to the even cell, as in `grid_sample`).
         padding_mode: "zeros" or "border".
         align_corners: True puts 0 and 1 on the centres of the outermost cells.
@@ -490,7 +492,7 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 def _is_exporting() -> bool:
     """What is exported or traced must hold no kernels, so that it runs elsewhere."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return tracing or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    return tracing or reference.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 @torch.compiler.assume_constant_result
@@ -499,7 +501,7 @@ def _why_no_kernels(kind: str, index: int | None) -> str | None:
     if library is None:
         return "Triton is not installed"
     if library.INTERPRETED:
-        return None  # on the CPU, through Triton's interpreter
+        return library.INTERPRETER_FAULT  # on the CPU, through Triton's interpreter
     if kind != "cuda":
         return "Triton kernels need a CUDA device (TRITON_INTERPRET=1 interprets them on the CPU)"
     if torch.version.hip is not None:

@@ -50,12 +50,13 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from pointrend_triton import precision
 from pointrend_triton.arguments import UsageError, positive
 from pointrend_triton.checkpoint import CheckpointError, from_checkpoint
 from pointrend_triton.config import load_config
 from pointrend_triton.data import DataError, ade20k, cityscapes
 from pointrend_triton.data.io import default_colour
-from pointrend_triton.inference import ahead, full_float32, pick_device
+from pointrend_triton.inference import ahead, pick_device
 from pointrend_triton.models.pointrend import PointRend
 from pointrend_triton.predictor import Predictor
 from pointrend_triton.segment import KINDS, Prediction, Prepared, Segmenter, draw
@@ -252,7 +253,7 @@ def predict(args: argparse.Namespace, failures: list[str]) -> None:
     write_atomic(args.out / "classes.csv", table(classes))
     start = time.perf_counter()
     bar = tqdm(total=0, unit="image", leave=False, disable=None)
-    with bar, full_float32(), compiler_errors(args.compile):
+    with bar, precision.tf32(False), compiler_errors(args.compile):
         segmenter = Segmenter(
             predictor,
             kinds,

@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
+# beyond any map, in the coordinates of grid_sample, and yet its place is an int32
+_FAR = 1e4
+
 Uncertainty = str | Callable[[Tensor], Tensor]
 
 
@@ -34,16 +37,26 @@ def point_sample(
     grid = 2 * (coords.unsqueeze(2) if is_list else coords) - 1  # [N, P, 1, 2] or [N, Hg, Wg, 2]
     if input.is_floating_point():
         common = torch.promote_types(input.dtype, grid.dtype)
-        sampled = F.grid_sample(
-            input.to(common), grid.to(common), mode, padding_mode, align_corners
-        )
+        sampled = _grid_sample(input.to(common), grid.to(common), mode, padding_mode, align_corners)
     elif mode == "bilinear":
-        sampled = F.grid_sample(input.to(grid.dtype), grid, mode, padding_mode, align_corners)
+        sampled = _grid_sample(input.to(grid.dtype), grid, mode, padding_mode, align_corners)
         sampled = sampled.float()
     else:
         sampled = _gather_nearest(input, grid, padding_mode, align_corners)
     sampled = sampled.squeeze(3) if is_list else sampled
     return sampled if out_dtype is None else sampled.to(out_dtype)
+
+
+def _grid_sample(
+    input: Tensor, grid: Tensor, mode: str, padding_mode: str, align_corners: bool
+) -> Tensor:
+    """`F.grid_sample` with CUDA's rule for places that are not finite, which no CPU keeps to."""
+    placed = grid.clamp(-_FAR, _FAR).nan_to_num(nan=-_FAR)
+    sampled = F.grid_sample(input, placed, mode, padding_mode, align_corners)
+    if align_corners and padding_mode == "zeros" and 1 in input.shape[2:]:
+        # where a side is one cell, every number lies on it
+        sampled = sampled.where(grid.isfinite().all(3).unsqueeze(1), 0)
+    return sampled
 
 
 def _widen(tensor: Tensor) -> Tensor:
@@ -213,8 +226,14 @@ def resample(logits: Tensor, size: tuple[int, int] | None) -> Tensor:
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether `torch.export` is at work, asked for real: traced, PyTorch 2.11 always says yes."""
+    return torch.compiler.is_exporting()
+
+
 def _is_size(map: Tensor, size: tuple[int, int]) -> bool:
-    if torch.compiler.is_exporting():
+    if is_exporting():
         from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
 
         # what is exported for many sizes may leave out only what none of them needs

@@ -77,14 +77,11 @@ def training(
             classes=classes,
             coarse_each_layer=True,
             dtype=dtype,
+            precision=precision,
         )
-        logits, saved = point_head.forward(
-            fine, coarse, coords, packed, save=True, precision=precision
-        )
+        logits, saved = point_head.forward(fine, coarse, coords, packed, save=True)
         _sample(labels, coords, "nearest", torch.int64)
-        d_fine, d_coarse, _, _ = point_head.mlp_backward(
-            torch.randn_like(logits), saved, packed, precision=precision
-        )
+        d_fine, d_coarse, _, _ = point_head.mlp_backward(torch.randn_like(logits), saved, packed)
         for d_points, channels in ((d_fine, 256), (d_coarse, classes)):
             point_sample.backward(
                 d_points,

@@ -2,8 +2,10 @@
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
+import gpu_twin
 import hypothesis
 import numpy as np
 import pytest
@@ -13,6 +15,10 @@ if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined, so it comes before any import of the package
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import interpreter
+
+from pointrend_triton import precision
+
 # the tensors are small: more threads wait for each other longer than they compute
 torch.set_num_threads(1)
 
@@ -21,6 +27,20 @@ hypothesis.settings.register_profile("pointrend", parent=hypothesis.settings(), 
 hypothesis.settings.load_profile("pointrend")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu-twin",
+        action="store_true",
+        help="PyTorch decides on the CPU what a GPU may decide otherwise (tests/gpu_twin.py)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu-twin") and not torch.cuda.is_available():
+        gpu_twin.install()
+    interpreter.skip_where_it_fails()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,6 +60,13 @@ def seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    """The PyTorch that kernels are compared with never uses TF32, a GPU's default."""
+    with precision.tf32(False):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -138,17 +138,18 @@ def test_property(data):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1e30, -1e30])
 def test_points_that_are_nowhere(value, mode):
-    """Zero padding: bilinear NaN where not finite, nearest zero. Border: NaN is the first cell."""
-    input = numbered(1, 1, 3, 4)
+    """Zero padding: zero, as with grid_sample on CUDA. Border: NaN is the first cell."""
+    input = numbered(1, 1, 3, 4).requires_grad_()
     coords = torch.tensor([[[value, 0.5]]])
-    zeros = ops.point_sample(input, coords, mode=mode).item()
-    if mode == "bilinear" and not math.isfinite(value):
-        assert math.isnan(zeros)
-    else:
-        assert zeros == 0
+    zeros = ops.point_sample(input, coords, mode=mode)
+    assert zeros.item() == 0
+    assert torch.autograd.grad(zeros.sum(), input)[0].count_nonzero() == 0
     edge = 8 if value > 0 else 5
     assert ops.point_sample(input, coords, mode=mode, padding_mode="border").item() == edge
-    labels = input.to(torch.int64)
+    labels = input.detach().to(torch.int64)
+    for map in (input, labels):  # with aligned corners every number lies on a side's only cell
+        column = ops.point_sample(map[..., :1], coords, mode=mode, align_corners=True).item()
+        assert column == (5 if math.isfinite(value) else 0)
     assert ops.point_sample(labels, coords, mode="nearest").item() == 0
     border = ops.point_sample(labels, coords, mode="nearest", padding_mode="border")
     assert border.item() == edge

@@ -13,7 +13,15 @@ import torch
 from PIL import Image
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
-from pointrend_triton import Predictor, build_model, from_checkpoint, predict, segment, sources
+from pointrend_triton import (
+    Predictor,
+    build_model,
+    from_checkpoint,
+    precision,
+    predict,
+    segment,
+    sources,
+)
 from pointrend_triton.data import TestTransform, ade20k, cityscapes, read_image
 from pointrend_triton.data.io import read_classes
 from pointrend_triton.segment import KINDS
@@ -557,14 +565,16 @@ def test_float32_is_without_tf32(run, tmp_path, monkeypatch):
     call, seen = Predictor.__call__, []
 
     def look(*args, **options):
-        seen.append(torch.backends.cudnn.allow_tf32)
+        seen.append(torch.backends.cudnn.conv.fp32_precision)
         return call(*args, **options)
 
     save(tmp_path / "a.png")
     monkeypatch.setattr(Predictor, "__call__", look)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    precision.set_tf32(True)
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # by a name that disagrees with the older
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
     assert run("a.png") == 0
-    assert seen == [False] and torch.backends.cudnn.allow_tf32
+    assert seen == ["ieee"] and torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 @pytest.mark.parametrize(

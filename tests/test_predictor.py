@@ -221,7 +221,7 @@ def test_labels_are_those_of_the_logits_at_ade_sizes(size, target):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("size", "target"), ADE_CASES)
 @torch.no_grad()
-def test_kernels_labels_are_those_of_the_logits_at_ade_sizes(size, target, exact_convolutions):
+def test_kernels_labels_are_those_of_the_logits_at_ade_sizes(size, target):
     ready, images = Predictor(on_gpu(classes=150)), draw(size, 1)
     logits = ready.logits(images)
     resampled = reference.resample(logits, target)
@@ -531,13 +531,6 @@ def test_what_is_refused_at_once(arguments, message, monkeypatch):
         Predictor(small(), **arguments)
 
 
-@pytest.fixture
-def exact_convolutions(monkeypatch):
-    """fp32 that is fp32."""
-    for backend in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):
-        monkeypatch.setattr(backend, "fp32_precision", "ieee")
-
-
 def on_gpu(classes=5):
     return network(classes).cuda()
 
@@ -545,7 +538,7 @@ def on_gpu(classes=5):
 @pytest.mark.gpu
 @pytest.mark.parametrize("bucket", [None, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_graphs_replay_what_eager_computes(dtype, bucket, exact_convolutions):
+def test_graphs_replay_what_eager_computes(dtype, bucket):
     model = on_gpu()
     how = {"dtype": dtype, "bucket": bucket}
     plain, ready = Predictor(model, **how), Predictor(model, graphs=True, **how)
@@ -563,7 +556,7 @@ def test_graphs_replay_what_eager_computes(dtype, bucket, exact_convolutions):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bucket", [None, 32])
-def test_graphs_dropped_and_two_predictors(bucket, monkeypatch, exact_convolutions):
+def test_graphs_dropped_and_two_predictors(bucket, monkeypatch):
     monkeypatch.setattr(graphs, "LIMIT", 2)
     models = [on_gpu(), on_gpu(classes=3)]
     pairs = [
@@ -616,7 +609,7 @@ def test_nothing_waits_for_the_gpu(use_graphs, bucket):
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("bucket", [None, 32])
-def test_compiled_on_the_gpu(bucket, exact_convolutions):
+def test_compiled_on_the_gpu(bucket):
     torch._dynamo.reset()
     model = on_gpu()
     plain = Predictor(model, bucket=bucket)
@@ -632,7 +625,7 @@ def test_compiled_on_the_gpu(bucket, exact_convolutions):
 
 
 @pytest.mark.gpu
-def test_padded_on_the_gpu(exact_convolutions):
+def test_padded_on_the_gpu():
     model = on_gpu()
     plain, padded = Predictor(model), Predictor(model, bucket=32)
     for size in ODD_SIZES + ADE_SIZES:

@@ -194,7 +194,8 @@ def random_crop_box(
     if max_share < 1:
         for _ in range(10):
             # counted as float32: exact up to 2**24 pixels, then to 1e-7
-            counts = cv2.calcHist([label[box]], [0], None, [256], [0, 256])[:IGNORE, 0]
+            # and a column in OpenCV 4, a row in 5
+            counts = cv2.calcHist([label[box]], [0], None, [256], [0, 256]).ravel()[:IGNORE]
             if (
                 np.count_nonzero(counts) > 1
                 and float(counts.max()) / counts.sum(dtype=np.float64) < max_share

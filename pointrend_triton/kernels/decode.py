@@ -27,8 +27,9 @@ def keep(best, second, label, value, channel, MARGIN: tl.constexpr, LABELS: tl.c
         second = tl.maximum(second, tl.minimum(best, value))
     else:
         second = tl.where(channel == 0, value, second)
-    if LABELS:
-        label = tl.where(value > best, channel, label)  # of equal ones the first stays
+    if LABELS:  # of equal ones the first stays; the first NaN beats all, as torch.argmax has it
+        better = (best == best) & ((value > best) | (value != value))
+        label = tl.where(better, channel, label)
     return tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL), second, label
 
 
@@ -37,14 +38,15 @@ def settle(best, second, label, slot, C: tl.constexpr, MARGIN: tl.constexpr):
     """What the rows of a tile kept, [rows, ...] -> score, label [...]; slot numbers the rows."""
     ROWS: tl.constexpr = best.shape[0]
     top = tl.max(best, 0)
+    is_nan = tl.max((best != best).to(tl.int32), 0) > 0  # which the other reductions drop
     if C == 1:
         lowest = (top > 0.0).to(tl.int32)
-    else:  # C - 1 where no class is largest, among NaN
-        lowest = tl.min(tl.where(best == top[None], label, C - 1), 0)
+    else:
+        wins = tl.where(is_nan[None], best != best, best == top[None])
+        lowest = tl.min(tl.where(wins, label, C - 1), 0)
     if MARGIN:
         winner = tl.min(tl.where(best == top[None], slot, ROWS), 0)
         rest = tl.max(tl.where(slot == winner[None], second, best), 0)
-        is_nan = tl.max((best != best).to(tl.int32), 0) > 0  # which the other reductions drop
         score = tl.where(is_nan, float("nan"), rest - top)
     else:
         score = -tl.abs(tl.sum(tl.where(slot == 0, second, 0.0), 0))

@@ -19,9 +19,11 @@ def position(coordinate, size, ALIGN: tl.constexpr):
 def linear_taps(coordinate, size, ALIGN: tl.constexpr, BORDER: tl.constexpr):
     """The two cells about a coordinate: value = (1 - fraction) * low + fraction * (low + 1).
 
+    A coordinate that is not finite is beyond the map, as `grid_sample` has it on CUDA.
+
     Returns:
-        index of the lower cell int32 (-1 to size - 1), fraction (NaN for NaN and infinity without
-        BORDER), whether the lower cell is on the map, whether the upper one is.
+        index of the lower cell int32 (-1 to size - 1), fraction (0 where neither cell is on the
+        map), whether the lower cell is on the map, whether the upper one is.
     """
     place = position(coordinate, size, ALIGN)
     if BORDER:
@@ -30,9 +32,11 @@ def linear_taps(coordinate, size, ALIGN: tl.constexpr, BORDER: tl.constexpr):
     low = tl.floor(place)
     has_low = (low >= 0) & (low < size)
     has_high = (low >= -1) & (low < size - 1)
-    # only what is on the map becomes an integer: elsewhere the conversion is undefined
-    index = tl.where(has_low | has_high, low, 0.0).to(tl.int32)
-    return index, place - low, has_low, has_high
+    has_any = has_low | has_high
+    # only what is on the map becomes an integer: elsewhere the conversion is undefined; and there
+    # infinity minus infinity would be NaN, which a weight of nothing must not be
+    index = tl.where(has_any, low, 0.0).to(tl.int32)
+    return index, tl.where(has_any, place - low, 0.0), has_low, has_high
 
 
 @triton.jit

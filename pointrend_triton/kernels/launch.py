@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -29,6 +30,18 @@ Constants = dict[str, Any]
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 
 INTERPRETED = triton.knobs.runtime.interpret
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+# why the interpreter fails here, or None: its loops take a length for a number of no dimensions
+INTERPRETER_FAULT = (
+    f"Triton {triton.__version__}'s interpreter needs NumPy below 2.5, not {np.__version__}"
+    if _release(triton.__version__) < (3, 7) and _release(np.__version__) >= (2, 5)
+    else None
+)
 # bytes of shared memory one program may have, by compute capability
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 SHARED_MEMORY |= {120: 99 << 10}
@@ -125,6 +138,8 @@ class Kernel:
         programs = grid({**launch.constants, **config.kwargs})
         if 0 in programs:
             return
+        if INTERPRETED and INTERPRETER_FAULT:
+            raise RuntimeError(INTERPRETER_FAULT)
         options = {} if INTERPRETED else self.options
         self.function[programs](
             *launch.arguments, **launch.constants, **config.all_kwargs(), **options

@@ -39,9 +39,23 @@ def _dot(a, b, sums, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _operand(value, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """A value as it is stored for a dot, in `dtype`; for TF32 rounded to ten bits of mantissa.
+
+    Tensor cores cut the other bits off, which errs by twice as much and always towards zero.
+    """
+    value = value.to(dtype)
+    if PRECISION == "tf32":
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        value = tl.where(value == value, rounded, value)  # a NaN's bits would become -0
+    return value
+
+
+@triton.jit
 def _gather(
     image, x, y, height, width, stride_c, stride_h, stride_w, at, valid,
-    CHANNELS: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
+    CHANNELS: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Samples all channels of `image` at (x, y) into `at` (pointers to rows), CHUNK at a time.
 
@@ -64,7 +78,8 @@ def _gather(
         value += b.to(tl.float32) * (right * (1 - below))[:, None]
         value += c.to(tl.float32) * ((1 - right) * below)[:, None]
         value += d.to(tl.float32) * (right * below)[:, None]
-        tl.store(at[:, None] + channel[None, :], value.to(at.dtype.element_ty), mask=valid[:, None])
+        value = _operand(value, at.dtype.element_ty, PRECISION)
+        tl.store(at[:, None] + channel[None, :], value, mask=valid[:, None])
 
 
 @triton.jit
@@ -182,11 +197,11 @@ def _point_head(
 
     _gather(
         fine + n * fine_n, x, y, fine_height, fine_width, fine_c, fine_h, fine_w,
-        at, valid, FINE, FINE_PAD, 64 if FINE_PAD % 64 == 0 else 32,
+        at, valid, FINE, FINE_PAD, 64 if FINE_PAD % 64 == 0 else 32, PRECISION,
     )  # fmt: skip
     _gather(
         coarse + n * coarse_n, x, y, coarse_height, coarse_width, coarse_c, coarse_h, coarse_w,
-        at + COARSE_SLOT, valid, CLASSES, CLASSES_PAD, 32,
+        at + COARSE_SLOT, valid, CLASSES, CLASSES_PAD, 32, PRECISION,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -207,7 +222,7 @@ def _point_head(
         tl.debug_barrier()  # all have read the input, which may be overwritten
         tl.store(
             at[:, None] + (slot + column)[None, :],
-            value.to(at.dtype.element_ty),
+            _operand(value, at.dtype.element_ty, PRECISION),
             mask=valid[:, None],
         )
         tl.debug_barrier()
@@ -276,7 +291,7 @@ def _dgrad(
         )
         tl.store(
             at[:, None] + (LAYERS * HIDDEN_PAD + out)[None, :],
-            value.to(at.dtype.element_ty),
+            _operand(value, at.dtype.element_ty, PRECISION),
             mask=valid[:, None],
         )
 
@@ -300,7 +315,7 @@ def _dgrad(
         value = tl.where(output <= 0, 0.0, value)
         tl.store(
             at[:, None] + (first + column)[None, :],
-            value.to(at.dtype.element_ty),
+            _operand(value, at.dtype.element_ty, PRECISION),
             mask=valid[:, None],
         )
         width = HIDDEN_PAD
@@ -310,7 +325,8 @@ def _dgrad(
 def _pack_layer(
     weight, bias, weight_out, weight_in, bias_out, packed, packed_biases, first,
     OUT: tl.constexpr, OUT_PAD: tl.constexpr, IN: tl.constexpr, COARSE: tl.constexpr,
-    COARSE_COLUMN: tl.constexpr, PITCH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    COARSE_COLUMN: tl.constexpr, PITCH: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     real = row < OUT
@@ -326,7 +342,7 @@ def _pack_layer(
     )
     tl.store(
         packed + ((first + row) * PITCH)[:, None] + column[None, :],
-        value.to(packed.dtype.element_ty),
+        _operand(value, packed.dtype.element_ty, PRECISION),
         mask=valid[:, None] & (column < PITCH)[None, :],
     )
     if tl.program_id(2) == 0:
@@ -340,7 +356,7 @@ def _pack(
     FINE: tl.constexpr, FINE_PAD: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PAD: tl.constexpr,
     HIDDEN: tl.constexpr, HIDDEN_PAD: tl.constexpr, LAYERS: tl.constexpr,
     OUTPUTS: tl.constexpr, OUTPUTS_PAD: tl.constexpr, EACH_LAYER: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Tuples of a pointer or stride per layer -> the matrix and biases that `Packed` describes."""
     COARSE_COLUMN: tl.constexpr = FINE_PAD if FINE_PAD > HIDDEN_PAD else HIDDEN_PAD
@@ -354,7 +370,7 @@ def _pack(
                 OUTPUTS_PAD if layer == LAYERS else HIDDEN_PAD,
                 FINE if layer == 0 else HIDDEN,
                 CLASSES if layer == 0 or EACH_LAYER else 0,
-                COARSE_COLUMN, COARSE_COLUMN + CLASSES_PAD, BLOCK_R, BLOCK_C,
+                COARSE_COLUMN, COARSE_COLUMN + CLASSES_PAD, PRECISION, BLOCK_R, BLOCK_C,
             )  # fmt: skip
 
 
@@ -392,11 +408,13 @@ class Packed:
             then, from max(FINE_PAD, HIDDEN_PAD), the coarse logits. What does not exist is zero.
         biases: fp32 [rows].
         sizes: the widths, with and without padding, under the kernels' names for them.
+        precision: how they are multiplied: "half" in 16 bits, else "ieee" or "tf32".
     """
 
     weights: Tensor
     biases: Tensor
     sizes: Constants
+    precision: str
 
 
 def unsupported(fine_map: Tensor, coarse_map: Tensor, weights: Sequence[Tensor]) -> str | None:
@@ -422,6 +440,7 @@ def pack(
     classes: int,
     coarse_each_layer: bool,
     dtype: torch.dtype,
+    precision: str = "ieee",
 ) -> Packed:
     """Puts the layers of an MLP into the form that the kernels read, in one launch.
 
@@ -431,13 +450,15 @@ def pack(
         fine_channels, classes: channels of the fine and of the coarse map.
         coarse_each_layer: whether every layer reads the coarse logits, or the first only.
         dtype: of the result, and so of the arithmetic.
+        precision: "ieee" or "tf32", how fp32 is multiplied; other types are not asked.
     """
+    precision = precision if dtype == torch.float32 else "half"
     sizes = _sizes(weights, fine_channels, classes)
     sizes["EACH_LAYER"] = coarse_each_layer
     rows = sum(_heights(sizes))
     columns = max(sizes["FINE_PAD"], sizes["HIDDEN_PAD"]) + sizes["CLASSES_PAD"]
     matrix = torch.empty(rows, columns, dtype=dtype, device=weights[0].device)
-    packed = Packed(matrix, matrix.new_empty(rows, dtype=torch.float32), sizes)
+    packed = Packed(matrix, matrix.new_empty(rows, dtype=torch.float32), sizes, precision)
     tallest = max(_heights(sizes))
     PACK(
         lambda meta: (
@@ -453,6 +474,7 @@ def pack(
         tuple(weight.stride(1) for weight in weights),
         tuple(bias.stride(0) for bias in biases),
         **sizes,
+        PRECISION=precision,
     )
     return packed
 
@@ -464,7 +486,6 @@ def forward(
     packed: Packed,
     *,
     save: bool,
-    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
     """The MLP at points.
 
@@ -473,7 +494,6 @@ def forward(
         coarse_map: [N, C, H', W'].
         coords: [N, P, 2], or [1, P, 2] shared by all images; half precision is widened.
         save: whether backward will be called.
-        precision: "ieee" or "tf32", how fp32 is multiplied.
 
     Returns:
         logits [N, O, P] in the packed dtype; what `mlp_backward` needs, [N * P, `saved_width`] or,
@@ -486,7 +506,6 @@ def forward(
         coarse_map,
         packed,
         points,
-        precision,
         coords=coords.expand(n, -1, -1),
         logits=logits.unsqueeze(2),
         save=save,
@@ -503,12 +522,11 @@ def refine_cells(
     *,
     logits: Tensor | None = None,
     labels: Tensor | None = None,
-    precision: str = "ieee",
 ) -> None:
     """The MLP at the centres of cells of a grid, whose results it replaces in place.
 
     Args:
-        fine_map, coarse_map, precision: as in `forward`.
+        fine_map, coarse_map: as in `forward`.
         indices: int64 [N, k], flat cells of the grid; a cell may occur twice.
         grid_size: (height, width) of the grid.
         logits: [N, O, height, width] of any strides and floating type.
@@ -520,7 +538,6 @@ def refine_cells(
         coarse_map,
         packed,
         indices.shape[1],
-        precision,
         indices=indices,
         grid_size=grid_size,
         logits=logits,
@@ -533,7 +550,6 @@ def _launch(
     coarse_map: Tensor,
     packed: Packed,
     points: int,
-    precision: str,
     *,
     coords: Tensor | None = None,
     indices: Tensor | None = None,
@@ -575,13 +591,13 @@ def _launch(
         size=(n * points,),
         **packed.sizes,
         SAVE=save,
-        PRECISION=_precision(packed, precision),
+        PRECISION=packed.precision,
     )
     return scratch
 
 
 def mlp_backward(
-    grad: Tensor, saved: Tensor, packed: Packed, *, precision: str = "ieee"
+    grad: Tensor, saved: Tensor, packed: Packed
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """The gradients of `forward`'s MLP; those of the maps are `point_sample`'s of the first two.
 
@@ -609,7 +625,7 @@ def mlp_backward(
             *grad.stride(),
             size=(n * points,),
             **{name: sizes[name] for name in names},
-            PRECISION=_precision(packed, precision),
+            PRECISION=packed.precision,
         )
     *inputs, coarse = saved.split(_widths(sizes), 1)
     heights = _heights(sizes)
@@ -666,10 +682,6 @@ def _widths(sizes: Constants) -> list[int]:
 def _heights(sizes: Constants) -> list[int]:
     """Rows of the packed weights: each hidden layer, the predictor."""
     return [sizes["HIDDEN_PAD"]] * sizes["LAYERS"] + [sizes["OUTPUTS_PAD"]]
-
-
-def _precision(packed: Packed, precision: str) -> str:
-    return precision if packed.weights.dtype == torch.float32 else "half"
 
 
 def _round_up(width: int) -> int:

@@ -45,6 +45,7 @@ def refine(
         classes=coarse.shape[1],
         coarse_each_layer=coarse_each_layer,
         dtype=dtype,
+        precision=precision,
     )
     logits: Tensor | None = coarse
     labels = None
@@ -66,7 +67,6 @@ def refine(
                 packed,
                 logits=logits,
                 labels=labels,
-                precision=precision,
             )
     if labels is not None:
         return labels

@@ -192,6 +192,14 @@ def test_crop_of_ignored_pixels_only_is_drawn_again():
     assert random_crop_box(label, (4, 2), 0.75, Script(0, 0, 0, 6))[1] == slice(6, 8)
 
 
+@pytest.mark.parametrize("shape", [(256, 1), (256,)])
+def test_a_histogram_is_a_column_in_opencv_4_and_a_row_in_5(shape, monkeypatch):
+    histogram = cv2.calcHist
+    monkeypatch.setattr(cv2, "calcHist", lambda *args: histogram(*args).reshape(shape))
+    label = np.array([[0, 0, 0, 1, 0, 0, 1, 1]], np.uint8)
+    assert random_crop_box(label, (1, 4), 0.75, Script(0, 0, 0, 4))[1] == slice(4, 8)
+
+
 def test_a_limit_of_one_draws_a_single_box():
     script = Script(1, 2)
     assert random_crop_box(np.zeros((4, 4), np.uint8), (2, 2), 1.0, script)[1] == slice(2, 4)

@@ -27,6 +27,14 @@ def test_fastest_wins(gpu):
     assert programs == (8,)
 
 
+def test_an_interpreter_that_fails_says_why(gpu, monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    monkeypatch.setattr(launch, "INTERPRETER_FAULT", "NumPy is too new")
+    run(gpu.kernel(), 0)  # nothing to run
+    with pytest.raises(RuntimeError, match="NumPy is too new"):
+        run(gpu.kernel())
+
+
 def test_tuned_once(gpu):
     kernel = gpu.kernel()
     for _ in range(3):

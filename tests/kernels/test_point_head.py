@@ -23,7 +23,7 @@ class Drawn(NamedTuple):
     biases: list[Tensor]
     each: bool
 
-    def pack(self, dtype):
+    def pack(self, dtype, precision="ieee"):
         return point_head.pack(
             self.weights,
             self.biases,
@@ -31,6 +31,7 @@ class Drawn(NamedTuple):
             classes=self.coarse_map.shape[1],
             coarse_each_layer=self.each,
             dtype=dtype,
+            precision=precision,
         )
 
     def forward(self, dtype=torch.float32, save=False):
@@ -183,6 +184,17 @@ def test_values_that_are_not_finite(device, value):
         assert torch.equal(kind(ours), kind(theirs))
     finite = theirs.isfinite()
     assert_within(ours[finite], theirs[finite], exact[finite])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, interpreting
+def test_a_place_that_is_not_finite_is_beyond_the_map(device):
+    drawn = draw(device, points=8)
+    for value in (NAN, INFINITY, -INFINITY):
+        nowhere = torch.tensor([[value, 0.5], [0.5, value], [value, value]])
+        drawn.coords[:, 2:5], drawn.coords[:, 5:] = nowhere, 3.0
+        ours, *_ = drawn.forward()
+        assert ours.isfinite().all()
+        assert torch.equal(ours[..., 2:5], ours[..., 5:])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, interpreting
@@ -428,16 +440,57 @@ def test_every_config(device, dtype):
             check_backward(drawn, received, dtype)
 
 
+def assert_rounded(tensor, exact):
+    """To TF32: ten bits of mantissa, and the nearest such number."""
+    assert (tensor.view(torch.int32) & 0x1FFF == 0).all()
+    half_a_step = torch.ldexp(torch.ones_like(exact), exact.frexp().exponent - 12)
+    assert ((tensor - exact).abs() <= half_a_step).all()
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_operands_are_rounded_to_tf32(device, each):
+    """What the dots read, forward and backward: weights, features, activations, gradients."""
+    drawn = draw(device, n=1, points=1, hidden=24, depth=1, each=each)
+    drawn.coords[:] = 0.4
+    packed, exact = drawn.pack(torch.float32, "tf32"), drawn.pack(torch.float32)
+    assert_rounded(packed.weights, exact.weights)
+    assert torch.equal(packed.biases, exact.biases)
+    logits, saved = point_head.forward(*drawn[:3], packed, save=True)
+    assert logits.count_nonzero() and (logits.view(torch.int32) & 0x1FFF).any()
+    fine, hidden, coarse = saved.split((32, 32, 32), 1)
+    _, saved, _ = drawn.forward(save=True)
+    assert_rounded(fine, saved[:, :32])
+    assert_rounded(coarse, saved[:, -32:])
+    inputs = fine.double() @ packed.weights[:32, :32].double().T
+    inputs += coarse.double() @ packed.weights[:32, -32:].double().T
+    assert_rounded(hidden, (inputs + packed.biases[:32]).relu().float())
+    grad = torch.randn_like(logits)
+    *_, d_biases = point_head.mlp_backward(grad, saved, packed)
+    assert_rounded(d_biases[1], grad[0, :, 0])
+    through = (d_biases[1].double() @ packed.weights[32:35, :24].double()).float()
+    assert_rounded(d_biases[0], torch.where(hidden[0, :24] > 0, through, 0))
+
+
+def test_nan_stays_nan_in_tf32(device):
+    """Of any bits: rounded by adding to them, some would become zero."""
+    drawn = draw(device)
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32, device=device)
+    drawn.weights[0][:4, 0, 0] = bits.view(torch.float32)
+    drawn.weights[0][4:6, 0, 0] = torch.tensor([INFINITY, -INFINITY], device=device)
+    packed = drawn.pack(torch.float32, "tf32").weights[:6, 0]
+    assert packed[:4].isnan().all() and packed[4:].tolist() == [INFINITY, -INFINITY]
+
+
 @pytest.mark.gpu
 def test_tf32(device):
     """Ten bits of mantissa, as in fp16, without its range."""
     drawn = draw(device, hidden=64)
-    packed = drawn.pack(torch.float32)
+    packed = drawn.pack(torch.float32, "tf32")
     exact = drawn.reference(torch.float32, torch.float64)
     for number in range(len(point_head._configs({"PRECISION": "tf32", "OUTPUTS_PAD": 32}))):
         with launch.pinned(point_head.POINT_HEAD, number):
             maps = drawn.fine_map, drawn.coarse_map, drawn.coords
-            ours, _ = point_head.forward(*maps, packed, save=False, precision="tf32")
+            ours, _ = point_head.forward(*maps, packed, save=False)
         assert_within(ours, drawn.reference(torch.float16), exact)
 
 

@@ -179,14 +179,10 @@ def test_any_strides(name, device):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1e30, -1e30])
 def test_points_that_are_nowhere(value, mode, device):
-    """Zero padding: bilinear NaN where not finite, nearest zero. Border: NaN is the first cell."""
+    """Zero padding: zero, as with grid_sample on CUDA. Border: NaN is the first cell."""
     input = torch.arange(1.0, 13.0, device=device).view(1, 1, 3, 4)
     coords = torch.tensor([[[value, 0.5]]], device=device)
-    zeros = sample(input, coords, mode=mode).item()
-    if mode == "bilinear" and not math.isfinite(value):
-        assert math.isnan(zeros)
-    else:
-        assert zeros == 0
+    assert sample(input, coords, mode=mode).item() == 0
     edge = 8 if value > 0 else 5
     assert sample(input, coords, mode=mode, padding_mode="border").item() == edge
     assert sample(input.long(), coords, mode="nearest").item() == 0
@@ -196,6 +192,9 @@ def test_points_that_are_nowhere(value, mode, device):
     border = gradient(grad, coords, input, mode=mode, padding_mode="border").flatten()
     assert border[edge - 1] == 1
     assert border.abs().sum() == 1
+    # with aligned corners every number lies on a side's only cell
+    column = sample(input[..., :1], coords, mode=mode, align_corners=True).item()
+    assert column == (5 if math.isfinite(value) else 0)
 
 
 def test_logits_that_are_not_finite(device):

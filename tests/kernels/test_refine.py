@@ -88,6 +88,20 @@ def test_labels_at_other_sizes(device, image_size, size):
     assert (labels != expected).float().mean() < 0.002
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # NumPy, interpreting
+@pytest.mark.parametrize("num_points", [0, 10**6])  # labels of the enlarged map, of the points
+@pytest.mark.parametrize("sizes", [{}, {"image_size": (19, 27)}])
+def test_the_first_nan_is_the_label(device, sizes, num_points):
+    coarse, *others = draw(device, classes=9)
+    coarse[0, 4:6, 2, 3] = torch.nan
+    coarse[1, 8, 2, 2] = torch.inf
+    inputs = coarse, *others
+    labels = ours(inputs, labels=True, num_points=num_points, **sizes)
+    expected = theirs(inputs, labels=True, steps=2, num_points=num_points, **sizes)
+    assert (expected[0] == (4 if num_points == 0 else 0)).sum() > 40
+    assert torch.equal(labels, expected)
+
+
 def test_many_classes_give_int64(device):
     inputs = draw(device, classes=300, size=(2, 2))
     labels = ours(inputs, labels=True)

@@ -180,15 +180,14 @@ def test_the_largest_numbers_do_not_overflow(dtype, scale, device):
 def test_upsample_of_what_is_not_finite(scale, value, classes, device):
     logits = torch.randn(1, classes, 5, 5, device=device)
     logits[:, classes // 2, 2, 2] = value
+    logits[:, classes // 3 :, 1, 3] = value  # several: the first NaN is the label
     scores, values, labels = upsample(logits, scale)
     their_scores, their_values, their_labels = upsample_twin(logits, scale)
     inner = (..., slice(scale, -scale), slice(scale, -scale))
     # outside, torch multiplies the border's taps with zero, which is NaN for infinity
     assert_close(scores[inner], their_scores[inner], equal_nan=True)
     assert_close(values[inner], their_values[inner], equal_nan=True)
-    assert (labels < max(classes, 2)).all()
-    is_number = ~their_values.isnan().any(dim=1)
-    assert torch.equal(labels[is_number], their_labels[is_number])
+    assert torch.equal(labels[inner], their_labels[inner])
     assert value == value or scores.isnan().any()
 
 
@@ -274,12 +273,13 @@ def test_sampled_of_what_is_not_finite(value, classes, device):
 
 
 def test_sampled_at_what_is_not_a_place(device):
+    """Beyond the map all classes are zero: as uncertain as can be."""
     coords = torch.tensor([[[NAN, 0.5], [0.5, INF], [-INF, 0.5], [1e30, 0.5], [0.5, 0.5]]])
     scores = uncertainty.sampled(
         torch.rand(1, 3, 4, 4, device=device), coords.to(device), kind="top2_margin"
     )
-    assert scores.isnan().tolist() == [[True, True, True, False, False]]
-    assert scores[0, 3] == 0
+    assert scores[0, :4].tolist() == [0, 0, 0, 0]
+    assert scores[0, 4] < 0
 
 
 @pytest.mark.parametrize("n, points", [(0, 5), (2, 0)])
