@@ -1,4 +1,4 @@
-"""What all tests share: Triton's interpreter without a GPU, fixed seeds, where the data is."""
+"""What all tests share: Triton's interpreter without a GPU, time limits, seeds, the data."""
 
 import os
 import random
@@ -7,6 +7,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+import time_limit
 import torch
 
 if not torch.cuda.is_available():
@@ -21,6 +22,14 @@ hypothesis.settings.register_profile("pointrend", parent=hypothesis.settings(), 
 hypothesis.settings.load_profile("pointrend")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--time-limit", type=float, metavar="SECONDS", help="of every test alike")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(time_limit)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
