@@ -18,7 +18,11 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 # an example's time says little here: the first one compiles, the interpreter is slow
-hypothesis.settings.register_profile("pointrend", parent=hypothesis.settings(), deadline=None)
+shrink = hypothesis.settings(deadline=None)
+hypothesis.settings.register_profile("shrink", shrink)
+# a failure is shown as it was found: to look for a smaller one may take minutes
+phases = [phase for phase in shrink.phases if phase.name in ("explicit", "reuse", "generate")]
+hypothesis.settings.register_profile("pointrend", shrink, phases=phases)
 hypothesis.settings.load_profile("pointrend")
 
 ROOT = Path(__file__).resolve().parent.parent

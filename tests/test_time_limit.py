@@ -1,4 +1,4 @@
-"""A test that does not end is named, whatever it is busy with, and the others are reported."""
+"""A test that does not end is named, whatever it is busy with, and one that fails fails soon."""
 
 import os
 import re
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 TESTS = Path(__file__).resolve().parent
 CONFTEST = """
@@ -163,3 +165,19 @@ def test_a_loop_in_c_ends_the_process_and_is_named(folder):
     assert "crashed while running 'test_endless.py::test_in_c'" in ran.stdout
     assert "it ended the process that ran it" in ran.stdout
     assert "1 failed, 2 passed, 1 skipped" in ran.stdout
+
+
+@pytest.mark.parametrize("profile", ["pointrend", "shrink"])
+def test_only_the_profile_that_says_so_shrinks(profile):
+    found = []
+
+    @settings(settings.get_profile(profile), database=None)
+    @given(st.lists(st.integers(0, 100), min_size=9))
+    def fails(numbers):
+        if sum(numbers) > 50:
+            found.append(numbers)
+            raise AssertionError
+
+    with pytest.raises(AssertionError):
+        fails()
+    assert len(found) == 2 if profile == "pointrend" else len(found) > 10  # found, and run again
