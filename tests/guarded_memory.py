@@ -1,7 +1,7 @@
 """Memory with margins: a kernel's store beside a buffer is found, and named by who allocated that.
 
 What is allocated and not filled holds NaN; so does a margin, so that a load beside a buffer shows
-in the results. In integers it is POISON, which as an index still leads into the margin.
+in the results. In integers it is POISON or somewhat more, which as an index leads into the margin.
 """
 
 import sys
@@ -16,6 +16,7 @@ MARGIN = 1 << 16  # bytes on each side; a multiple of every alignment that torch
 EMPTY = ("empty", "empty_like", "empty_strided")
 FILLED = ("zeros", "zeros_like", "ones", "full", "full_like", "tensor")
 FILLED += ("rand", "randn", "randint", "rand_like", "randn_like")  # what tests give to kernels
+PATTERNS = 100  # what goes from margin to margin is found too: each allocation has another of these
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _empty = torch.empty
@@ -25,7 +26,7 @@ class Guard:
     """The allocations of a test, each between margins."""
 
     def __init__(self) -> None:
-        self.allocations: list[tuple[Tensor, Tensor, str]] = []
+        self.allocations: list[tuple[Tensor, Tensor, int, str]] = []
 
     def watch(self, allocate: Callable[..., Tensor], poison: bool) -> Callable[..., Tensor]:
         """The same function, with margins about what it returns and poison in it if need be."""
@@ -41,10 +42,10 @@ class Guard:
 
     def written(self) -> Iterator[str]:
         """A line for each side of an allocation where something was stored."""
-        for memory, tensor, where in self.allocations:
+        for memory, tensor, pattern, where in self.allocations:
             beside = MARGIN // memory.itemsize
             for side, margin in (("before", memory[:beside]), ("behind", memory[-beside:])):
-                if count := int((margin != _pattern(tensor)).sum()):
+                if count := int((margin != pattern).sum()):
                     what = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
                     yield f"{count} values stored {side} {what}, allocated by {where}"
 
@@ -55,11 +56,14 @@ class Guard:
         beside = MARGIN // tensor.itemsize
         size = 2 * beside + last + 1
         memory = _empty(size, dtype=BITS[tensor.itemsize], device=tensor.device)
-        memory[:beside] = memory[-beside:] = _pattern(tensor)
+        number = len(self.allocations) % PATTERNS
+        # all ones, and somewhat less, are NaN, and none that arithmetic gives
+        pattern = -1 - number if tensor.is_floating_point() else POISON + number
+        memory[:beside] = memory[-beside:] = pattern
         guarded = _empty(0, dtype=tensor.dtype, device=tensor.device)
         guarded.set_(memory.untyped_storage(), beside, tensor.shape, tensor.stride())
         guarded.copy_(tensor.detach())
-        self.allocations.append((memory, guarded.detach(), where))
+        self.allocations.append((memory, guarded.detach(), pattern, where))
         return guarded.requires_grad_(tensor.requires_grad)
 
 
@@ -67,8 +71,3 @@ def _poisoned(tensor: Tensor) -> Tensor:
     if tensor.is_floating_point():
         return tensor.fill_(float("nan"))
     return tensor.fill_(POISON) if tensor.dtype != torch.bool else tensor.fill_(True)
-
-
-def _pattern(tensor: Tensor) -> int:
-    """The bits of a margin: all ones are NaN, and no NaN that arithmetic gives."""
-    return -1 if tensor.is_floating_point() else POISON

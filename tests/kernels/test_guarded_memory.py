@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from guarded_memory import POISON
+from guarded_memory import PATTERNS, POISON
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8]
 
@@ -15,8 +15,8 @@ def _store(out, at, value):
 
 
 @triton.jit
-def _copy(out, source, at):
-    tl.store(out, tl.load(source + at))
+def _copy(out, source, at, to):
+    tl.store(out + to, tl.load(source + at))
 
 
 def allocations(device):
@@ -73,6 +73,15 @@ def test_a_store_beside_a_buffer_is_named(at, side, dtype, guard, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("at", [-1, 12])
 def test_a_load_beside_a_buffer_shows(at, dtype, device):
-    source, out = torch.ones(3, 4, dtype=dtype, device=device), torch.zeros(1, device=device)
-    _copy[(1,)](out, source, at)
-    assert out.isnan() if dtype.is_floating_point else out == POISON
+    for _ in range(PATTERNS):
+        source, out = torch.ones(3, 4, dtype=dtype, device=device), torch.zeros(1, device=device)
+        _copy[(1,)](out, source, at, 0)
+        assert out.isnan() if dtype.is_floating_point else POISON <= out < POISON + PATTERNS
+
+
+def test_a_margin_is_not_taken_for_another(guard, device):
+    source, out = torch.ones(12, device=device), torch.ones(12, device=device)
+    _copy[(1,)](out, source, 12, 12)
+    (written,) = guard.written()
+    guard.allocations.clear()
+    assert "stored behind float32 [12]" in written
