@@ -529,7 +529,7 @@ def main(op: str, cases: Sequence[Case], argv: Sequence[str] | None = None) -> i
     jobs = [
         (case, dtype, compiled)
         # compiling takes longest, so it comes last: a limit leaves out the least
-        for compiled in ((False,) if args.quick else (False, True))
+        for compiled in ((False,) if args.quick or args.no_compiled else (False, True))
         for case in cases
         if not args.only or case.name in args.only
         for dtype in case.dtypes
@@ -575,6 +575,7 @@ def parse_arguments(op: str, cases: Sequence[Case], argv: Sequence[str]) -> argp
         help=f"where {op}.json and {op}.csv are written (default: runs/benchmarks)",
     )
     add("--quick", action="store_true", help="tiny sizes, two repetitions, no torch.compile")
+    add("--no-compiled", action="store_true", help="without torch.compile of eager")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--only", metavar="NAME", nargs="+", help=f"of {', '.join(names)}")
     add("--dtype", nargs="+", choices=DTYPES, help="types of the maps (default: all of a case)")

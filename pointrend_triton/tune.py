@@ -3,6 +3,7 @@
 python -m pointrend_triton.tune                    # minutes; later processes use what it finds
 python -m pointrend_triton.tune --only select point_head --dtype bf16
 python -m pointrend_triton.tune --show             # what is stored
+python -m pointrend_triton.tune --adopt FILE       # what another machine with such a GPU stored
 
 Without it each kernel is tuned when it is first used. Interrupted, it has stored what it found.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[""], help="kernels, or beginnings of names")
     parser.add_argument("--ship", action="store_true", help="write the table into the package too")
     parser.add_argument("--show", action="store_true", help="print what is stored, tune nothing")
+    parser.add_argument(
+        "--adopt",
+        metavar="FILE",
+        type=Path,
+        help="take over this table of such a GPU, tune nothing",
+    )
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("tuning times kernels on a CUDA GPU, and this process sees none")
@@ -41,6 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set, and Triton's interpreter cannot be timed: unset it")
     only = tuple(chosen.only)
     device = torch.device("cuda", torch.cuda.current_device())
+    if chosen.adopt:
+        try:
+            print(f"stored in {store.adopt(device.index, chosen.adopt)}")
+        except (OSError, ValueError) as error:
+            parser.error(f"--adopt {error}")
+        return 0
     if chosen.show:
         print(readable(store.table(device.index), only))
         return 0

@@ -2,22 +2,31 @@
 
 import csv
 import importlib
+import itertools
 import json
-import os
 import re
-import stat
-import subprocess
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import floors, harness, inputs, plot, record, row_gather, sanitize, stock
+from benchmarks import (
+    floors,
+    harness,
+    identity,
+    inputs,
+    operations,
+    plot,
+    record,
+    row_gather,
+    sanitize,
+    smoke,
+    stock,
+    triton_cache,
+)
 from benchmarks.harness import Rates, Row
 from pointrend_triton import ops, reference
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 OPS = (
     *("point_sample", "uncertainty", "select", "point_head", "decode", "refine"),
@@ -264,6 +273,18 @@ def test_floors():
     assert head["both"].flops == 3 * head["forward"].flops
 
 
+def test_without_the_compiled_variant(tmp_path, without_kernels, monkeypatch):
+    monkeypatch.setattr(harness, "COMPILER", "eager")
+    (case,) = (case for case in bench("decode").CASES if case.name == "cityscapes_coarse")
+    small = replace(case, sizes=inputs.scaled(case.sizes, "quick"), dtypes=("fp32",))
+    for option, variants in ((["--no-compiled"], set()), ([], {"compiled"})):
+        arguments = ["--device", "cpu", "--out", str(tmp_path), *option]
+        monkeypatch.setattr(harness, "measure_rates", lambda timer, quick: RATES)
+        assert harness.main("decode", [small], arguments) == 0
+        (run,) = record.read([tmp_path / "decode.json"])
+        assert {row["variant"] for row in run["rows"]} == {"eager", "reference"} | variants
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path):
     arguments = ["--only", "train_features", "--dtype", "bf16", "--out", str(tmp_path)]
@@ -279,16 +300,9 @@ def test_on_a_gpu(tmp_path):
 @pytest.mark.slow
 def test_sanitize_runs_every_operation(monkeypatch, capsys):
     called = set()
-    for name in (
-        "point_sample",
-        "select_uncertain_points",
-        "topk_on_grid",
-        "upsample_uncertainty",
-        "point_head",
-        "decode",
-        "refine",
-        "augment",
-    ):
+    names = ("point_sample", "select_uncertain_points", "topk_on_grid", "upsample_uncertainty")
+    names += ("point_head", "decode", "refine", "augment")
+    for name in names:
         original = getattr(ops, name)
 
         def spy(*args, original=original, name=name, **kwargs):
@@ -297,27 +311,104 @@ def test_sanitize_runs_every_operation(monkeypatch, capsys):
 
         monkeypatch.setattr(ops, name, spy)
     assert sanitize.main(["--device", "cpu"]) == 0
-    assert len(called) == 8
+    assert called == set(names)
+
+
+SMALL = [(2, 3, 4)]
+
+
+def test_smoke_names_what_differs(monkeypatch, capsys):
+    """The reference in place of the kernels, with faults in two operations."""
+    names = ("topk_on_grid", "decode", "upsample_uncertainty", "point_sample of labels and masks")
+    monkeypatch.setattr(smoke, "OPERATIONS", {name: operations.OPERATIONS[name] for name in names})
+    monkeypatch.setattr(smoke, "MAPS", SMALL)
+    assert smoke.main(["--device", "cpu"]) == 0
+    assert "all as the twin" in capsys.readouterr().out
+
+    def faulty(name, fault):
+        original = getattr(ops, name)
+
+        def changed(*args, **kwargs):
+            result = original(*args, **kwargs)
+            return result if ops.backend.current() == "reference" else fault(result)
+
+        monkeypatch.setattr(ops, name, changed)
+
+    def fail(result):
+        raise RuntimeError("no such kernel")
+
+    faulty("decode", lambda labels: 1 - labels)
+    faulty("upsample_uncertainty", lambda result: (result[0], result[1] * 1.01, None))
+    faulty("topk_on_grid", fail)
+    with ops.backend("auto"):
+        found = list(smoke.compared(torch.float32, CPU))
+    assert len(found) == 6  # in both layouts
+    for words in (
+        "topk_on_grid, torch.float32, maps 2 x 3 x 4: RuntimeError: no such kernel",
+        "decode, torch.float32, maps 2 x 3 x 4, channels-last, result 0, [2, 3, 4]: 24 of 24 ",
+        "upsample_uncertainty, torch.float32, maps 2 x 3 x 4, result 1, [2, 2, 6, 8]: ",
+    ):
+        assert any(line.startswith(words) for line in found), words
 
 
 @pytest.mark.slow
-def test_gpu_check_goes_on_after_a_failure(tmp_path):
-    """With a Python that only notes its arguments: each part is run once, one of them fails."""
-    fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *bench_select*) exit 3;; esac\n')
-    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
-    done = subprocess.run(
-        ["bash", ROOT / "benchmarks/gpu_check.sh", tmp_path / "out"],
-        env={**os.environ, "PYTHON": str(fake), "DEVICE": "cpu", "QUICK": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 1, done.stderr
-    assert "1 part(s) failed" in done.stdout
-    log = (tmp_path / "out" / "log.txt").read_text()
-    assert "bench select: status 3" in log
-    for op in OPS:
-        assert log.count(f"ran -m benchmarks.bench_{op} --device cpu") == 1
-    for part in ("pytest", "benchmarks.sanitize", "benchmarks.record", "benchmarks.plot"):
-        assert f"{part} " in log
+def test_kernels_are_as_the_twin(monkeypatch):
+    if not harness.triton_runs(CPU):
+        pytest.skip("needs Triton's interpreter")
+    names = ("topk_on_grid", "decode", "point_sample of labels and masks")
+    monkeypatch.setattr(smoke, "OPERATIONS", {name: operations.OPERATIONS[name] for name in names})
+    monkeypatch.setattr(smoke, "MAPS", SMALL)
+    with ops.backend("triton"):
+        assert list(smoke.compared(torch.float16, CPU)) == []
+
+
+def test_no_scores_are_close_where_a_choice_ends():
+    """Or smoke would call the other choice a difference."""
+    for dtype, size in itertools.product((torch.float32, torch.bfloat16), operations.MAPS):
+        x = operations.each_tensor(
+            operations.drawn(dtype, *size), lambda t: t.double() if t.is_floating_point() else t
+        )
+        far = 1e-5 * x["coarse"].abs().max()
+        candidates = reference.point_sample(x["coarse"], x["draws"][0])
+        scores = reference.score(candidates)[:, 0].sort(descending=True).values
+        assert (scores[:, 51] - scores[:, 52] > far).all()
+        if dtype == torch.float32:  # 16 bits tie, and are not compared
+            maps = x["coarse"], x["coarse"], x["fine"], x["weights"], x["biases"]
+            chosen = []
+
+            def select(scores, k, chosen=chosen):
+                chosen.append(scores.flatten(1).sort(descending=True).values)
+                return reference.topk_on_grid(scores, k)
+
+            refined, *others = maps
+            for _ in range(2):
+                refined, _ = reference.refine_step(
+                    refined, *others, num_points=40, coarse_each_layer=True, select=select
+                )
+            assert all((row[:, 39] - row[:, 40] > far).all() for row in chosen)
+
+
+def test_tritons_cache_is_carried(tmp_path):
+    """To another folder, without what only people read."""
+    here, there, archive = tmp_path / "here", tmp_path / "there", tmp_path / "cache.tar.xz"
+    (here / "key").mkdir(parents=True)
+    for name in ("k.cubin", "k.json", "k.ptx", "launcher.so"):
+        (here / "key" / name).write_text(name)
+    group = {name: str(here / "key" / name) for name in ("k.cubin", "k.json", "k.ptx")}
+    (here / "key" / "__grp__k.json").write_text(json.dumps({"child_paths": group}))
+    assert triton_cache.pack(here, archive) == 1
+    assert triton_cache.unpack(archive, there) == 1
+    assert sorted(path.name for path in (there / "key").iterdir()) == [
+        *("__grp__k.json", "k.cubin", "k.json", "launcher.so"),
+    ]
+    moved = json.loads((there / "key" / "__grp__k.json").read_text())["child_paths"]
+    assert moved == {name: str(there / "key" / name) for name in group}
+    assert not (tmp_path / "cache.tar.xz.new").exists()
+
+
+def test_identity(capsys):
+    assert identity.main(["--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    for name in ("date", "commit", "torch", "triton", "cv2", "pytest", "compute-sanitizer"):
+        assert re.search(f"^{name}: .", out, re.M), name
+    assert identity.version("no_such_package") is None

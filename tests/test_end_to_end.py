@@ -1,11 +1,7 @@
 """The benchmark of whole predictions: what it plans, measures, judges, and compares with."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import tarfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -358,70 +354,3 @@ def test_absent_operators_complain_only_when_called():
     with pytest.raises(NotImplementedError, match="roi_align is not installed"):
         module.roi_align()
     assert not hasattr(module, "__path__")
-
-
-def gpu_check(tmp_path, **variables):
-    """The script, with a Python that notes its arguments and leaves the files it is told to."""
-    fake = tmp_path / "python"
-    fake.write_text(
-        '#!/bin/sh\necho "ran $*"\n'
-        'for word; do case "$word" in run_dir=*) mkdir -p "${word#*=}"; cd "${word#*=}"\n'
-        "touch config.yaml environment.json report.md best.pth\n"
-        "printf 'iteration,images_per_second\\n20,100\\n40,80\\n' > metrics.csv;; esac; done\n"
-    )
-    fake.chmod(0o755)
-    return run_gpu_check(tmp_path, fake, **variables)
-
-
-def run_gpu_check(tmp_path, fake, **variables):
-    return subprocess.run(
-        ["bash", ROOT / "benchmarks/gpu_check.sh", tmp_path / "out"],
-        env={**os.environ, "PYTHON": str(fake), "DEVICE": "cpu", **variables},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-def test_gpu_check_trains_for_the_minutes(tmp_path):
-    """100 images a second at first, then 80: 16 of them an iteration, four minutes."""
-    done = gpu_check(tmp_path, PARTS="camvid points", CAMVID_MINUTES="4")
-    assert done.returncode == 0, done.stderr
-    log = (tmp_path / "out" / "log.txt").read_text()
-    assert "camvid: 1200 iterations" in log
-    ran = [line for line in log.splitlines() if line.startswith("ran ")]
-    for words, count in (
-        *(("train.iterations=1200", 2), ("model.point_head=null", 1), ("evaluate.py", 6)),
-        ("train.warmup_iterations=61", 2),
-        ("benchmarks.points camvid_r50", 1),
-    ):
-        assert sum(words in line for line in ran) == count, words
-    with tarfile.open(tmp_path / "out" / "files.tar.gz") as packed:
-        assert "./camvid_r50_without/metrics.csv" in packed.getnames()
-    assert len(list((tmp_path / "out").iterdir())) <= 8
-
-
-def test_gpu_check_leaves_what_there_was_when_it_is_cut_off(tmp_path):
-    """The third bench ends the script; a command that takes too long may say how far it came."""
-    fake = tmp_path / "python"
-    fake.write_text(
-        '#!/bin/sh\ncase "$*" in\n'
-        '*tune*) mkdir -p "$POINTREND_CACHE"; echo "{}" > "$POINTREND_CACHE/gpu.json"\n'
-        "    trap 'echo so far; exit 130' INT; while :; do sleep 0.1; done;;\n"
-        "*bench_point_head*) kill -9 $(cut -d' ' -f4 /proc/$PPID/stat);;\n"
-        '*bench_*) while [ "$1" != --out ]; do shift; done; mkdir -p "$2"; touch "$2/$$.json";;\n'
-        "esac\n"
-    )
-    fake.chmod(0o755)
-    done = run_gpu_check(tmp_path, fake, PARTS="tune bench", TUNE_LIMIT="1", TMPDIR=str(tmp_path))
-    assert done.returncode == -signal.SIGKILL
-    log = (tmp_path / "out" / "log.txt").read_text()
-    assert "so far\ntune: status 124" in log
-    assert (tmp_path / "out" / "tuned.json").read_text() == "{}\n"
-    with tarfile.open(tmp_path / "out" / "files.tar.gz") as packed:
-        assert sum(name.endswith(".json") for name in packed.getnames()) == 2
-
-
-def test_gpu_check_refuses_parts_that_are_not(tmp_path):
-    done = gpu_check(tmp_path, PARTS="bench end_to_ends")
-    assert done.returncode == 1 and "there is no part end_to_ends" in done.stderr

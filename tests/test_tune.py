@@ -97,6 +97,45 @@ def test_ship(gpu, capsys):
     assert set(store.table(0)) == {"toy.add", "other.add"}
 
 
+def test_a_table_of_such_a_gpu_is_adopted(gpu, tmp_path, capsys, monkeypatch):
+    """Of another state of the kernels too: what they still have counts."""
+    file = tmp_path / "tuned.json"
+    monkeypatch.setattr(store, "source_hash", lambda: "before")
+    tune.main([])
+    store.path_for(0).rename(file)
+    before = store.table(0)
+    monkeypatch.setattr(store, "source_hash", lambda: "after")
+    gpu.forget()
+    benched = gpu.benched
+    assert tune.main(["--adopt", str(file)]) == 0
+    assert f"stored in {store.path_for(0)}" in capsys.readouterr().out
+    assert store.table(0) == before and set(before) == {"toy.add", "other.add"}
+    run(launch.KERNELS["toy.add"], 100)
+    assert gpu.benched == benched and gpu.function.blocks[-1] == 128
+
+
+def test_a_table_of_another_gpu_is_refused(gpu, tmp_path, capsys):
+    file = tmp_path / "tuned.json"
+    tune.main([])
+    store.path_for(0).rename(file)
+    gpu.name = "Fake GPU 4000"
+    assert "was tuned on Fake GPU 3000, and this GPU is Fake GPU 4000" in refused(file, capsys)
+    for content in (None, "{}", '{"gpu": "Fake GPU 4000", "kernels": {}}'):
+        file.unlink()
+        if content is not None:
+            file.write_text(content)
+        assert f"{file} holds no table of tuned kernels" in refused(file, capsys)
+        file.touch()
+    assert not store.path_for(0).exists()
+
+
+def refused(file, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tune.main(["--adopt", str(file)])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
 def test_interrupted(gpu, monkeypatch, capsys):
     def interrupted(device, dtype):
         run(launch.KERNELS["other.add"])

@@ -63,6 +63,30 @@ def ship(device: int) -> Path:
     return path
 
 
+def adopt(device: int, file: Path) -> Path:
+    """Takes over a table that was written elsewhere, and returns where.
+
+    It may be of other versions and of another state of the kernels: only what the kernels still
+    have counts.
+
+    Raises:
+        ValueError: it is of another GPU, or no table.
+    """
+    content = _content(file)
+    if "gpu" not in content or not _entries(content):
+        raise ValueError(f"{file} holds no table of tuned kernels")
+    here = torch.cuda.get_device_name(device)
+    if content["gpu"] != here:
+        raise ValueError(f"{file} was tuned on {content['gpu']}, and this GPU is {here}")
+    path = path_for(device)
+    if path is None:
+        raise ValueError("there is no folder for tables: set POINTREND_CACHE")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, device, _entries(content))
+    _tables.cache_clear()
+    return path
+
+
 def table(device: int) -> Table:
     """All that is stored for a GPU; the user's own over what is shipped."""
     return _tables(shipped_path(device), path_for(device))
@@ -114,11 +138,19 @@ def _tables(shipped: Path, own: Path | None) -> Table:
 
 def _read(path: Path) -> Table:
     """The entries that are as they should be; none where there is no readable table."""
+    return _entries(_content(path))
+
+
+def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         return {}
-    kernels = content.get("kernels") if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
+
+
+def _entries(content: dict[str, Any]) -> Table:
+    kernels = content.get("kernels")
     return {
         kernel: {key: entry for key, entry in entries.items() if _is_entry(entry)}
         for kernel, entries in (kernels.items() if isinstance(kernels, dict) else ())
