@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -100,7 +101,7 @@ def compile_one(one: Compile, arch: int, launcher: bool) -> dict[str, Any]:
     """CPU seconds, whether Triton's cache had it, and what is wrong.
 
     Args:
-        launcher: make what calls the kernel too; needs a GPU's driver.
+        launcher: make what calls the kernel too, which needs a GPU's driver.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -128,7 +129,8 @@ def compile_one(one: Compile, arch: int, launcher: bool) -> dict[str, Any]:
             "spilled_bytes": resources.usage(compiled.asm["cubin"])[1] if one.untuned else 0,
             "tensor_core_instructions": any(i in text for i in resources.TENSOR_CORES.values()),
         }
-        dots = any(map(resources.uses_tensor_cores, compiled.asm["ttir"].splitlines()))
+        dots = one.known.get("PRECISION", "ieee") != "ieee"
+        dots |= any(map(resources.uses_tensor_cores, compiled.asm["ttir"].splitlines()))
         problems = [resources.problem(row, text, dots)]
         problems += ptx.problems(one.kernel, text, one.parameters, one.known)
     return {
@@ -144,10 +146,10 @@ def report(compiles: Sequence[Compile], arch: int, jobs: int, limit: float) -> d
     Returns:
         how many, from where, what it took, and what is wrong with which.
     """
-    on_gpu = architecture() == arch
-    launchers = {str(list(one.signature.values())): one for one in compiles} if on_gpu else {}
-    makes = {id(one) for one in launchers.values()}
-    tasks = [(one, arch, id(one) in makes) for one in compiles]
+    # what calls a kernel is the same for pointers of all types; only a driver can be asked for it
+    callers = {re.sub(r"\*\w+", "*", str([*one.signature.values()])): one for one in compiles}
+    first = {id(one) for one in callers.values()} if architecture() == arch else set()
+    tasks = [(one, arch, id(one) in first) for one in compiles]
     cached, seconds, problems = 0, 0.0, []
     results = resources.in_processes(compile_one, tasks, jobs, limit)
     with tqdm(results, total=len(tasks), unit="compile", disable=None) as progress:

@@ -92,6 +92,16 @@ def test_faults_are_reported(monkeypatch, tmp_path, capsys):
     assert content["counts"]["tests"] == {"dies": 1, "sound": 1, "spills": 1}
 
 
+@pytest.mark.parametrize("here, expected", [(90, [False, True, True]), (None, [False] * 3)])
+def test_what_calls_kernels_is_made_once_and_on_a_gpu(monkeypatch, here, expected):
+    signatures = [{"x": "*fp32", "n": "i32"}, {"x": "*bf16", "n": "i32"}, {"x": "*fp32"}]
+    made = []
+    monkeypatch.setattr(compiled, "architecture", lambda: here)
+    monkeypatch.setattr(resources, "in_processes", lambda _, tasks, *how: made.extend(tasks) or [])
+    compiled.report([compile_of("a", signature=one) for one in signatures], 90, 1, 60)
+    assert [launcher for _, _, launcher in made] == expected
+
+
 def test_few():
     pointers = [{"x": kind, "n": "i32"} for kind in ("*fp32", "*fp32", "*bf16")]
     rows = [compile_of("a", signature=signature) for signature in pointers]
