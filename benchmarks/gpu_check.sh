@@ -139,8 +139,8 @@ pytests() {
         workers=(-n "$(nproc)")
     fi
     run "$title" "$limit" env POINTREND_AUTOTUNE=0 "$python" -m pytest -v --tb=short \
-        --durations=15 -p no:cacheprovider -p benchmarks.watch "${workers[@]}" --failed "$out/failed.txt" \
-        --junitxml="$files/junit_$limit.xml" "$@"
+        --durations=15 -p no:cacheprovider -p benchmarks.watch "${workers[@]}" \
+        --failed "$out/failed.txt" --junitxml="$files/junit_$limit.xml" "$@"
 }
 
 tests() {
