@@ -29,12 +29,18 @@ export PIP_USER := 0
 PY    = .venv/bin/python
 READY = .venv/.ready
 
-.PHONY: help demo test lint typecheck check format clean
+PYTEST   = $(PY) -m pytest --basetemp=.cache/tests -n auto --maxprocesses 8 --dist loadfile
+STEMS    = decode point_head point_sample refine select uncertainty
+AS_A_GPU = --gpu-twin -q -m "not slow" -k "not compil" tests/test_gpu_twin.py tests/test_library.py \
+    $(wildcard $(foreach stem,$(STEMS),tests/test_$(stem).py tests/kernels/test_$(stem).py))
+
+.PHONY: help demo test lint typecheck check compat format clean
 
 help:
 	@echo "make demo       train a small model from scratch and evaluate it (minutes, no GPU needed)"
 	@echo "make test       the whole test suite; ARGS='-k name' is passed to pytest"
 	@echo "make check      lint, typecheck and test, as CI does"
+	@echo "make compat     the tests in other versions of PyTorch, Triton, NumPy and OpenCV (hours of a core)"
 	@echo "make format     put the code into the form that lint wants"
 	@echo "make clean      remove what was installed and cached; runs/ stays"
 
@@ -43,9 +49,11 @@ demo: $(READY)
 	$(PY) $(DEMO_EVALUATE)
 	@echo "Pictures: runs/demo/pictures (image, truth, coarse, refined, uncertainty, the refined points, errors)"
 
+# twice, unless ARGS choose: what compares kernels with PyTorch also with that as a GPU computes it
 test: $(READY)
 	@mkdir -p .cache
-	$(PY) -m pytest --basetemp=.cache/tests -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
+	$(if $(ARGS),,$(PYTEST) $(AS_A_GPU))
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -55,6 +63,10 @@ typecheck: $(READY)
 	$(PY) -m mypy
 
 check: lint typecheck test
+
+# ARGS=newest: one of the environments; see tests/compat/run.py
+compat: $(READY)
+	$(PY) tests/compat/run.py $(ARGS)
 
 format: $(READY)
 	$(PY) -m ruff check --fix .

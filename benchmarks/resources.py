@@ -271,7 +271,7 @@ def in_processes(
     A compiler that hangs, crashes or needs all memory takes its own process with it, nothing else.
     """
     context = multiprocessing.get_context("forkserver")  # imports once, forks in milliseconds
-    context.set_forkserver_preload(["triton", "torch", "pointrend_triton.kernels.launch"])
+    context.set_forkserver_preload(["benchmarks.forked"])
     waiting = deque(tasks)
     running: dict[Connection, tuple[tuple[Any, ...], Any, float]] = {}
     try:

@@ -1,4 +1,4 @@
-"""What all tests share: Triton's interpreter without a GPU, fixed seeds, where the data is."""
+"""What all tests share: Triton's interpreter without a GPU, time limits, seeds, the data."""
 
 import os
 import random
@@ -9,6 +9,7 @@ import gpu_twin
 import hypothesis
 import numpy as np
 import pytest
+import time_limit
 import torch
 
 if not torch.cuda.is_available():
@@ -23,13 +24,18 @@ from pointrend_triton import precision
 torch.set_num_threads(1)
 
 # an example's time says little here: the first one compiles, the interpreter is slow
-hypothesis.settings.register_profile("pointrend", parent=hypothesis.settings(), deadline=None)
+shrink = hypothesis.settings(deadline=None)
+hypothesis.settings.register_profile("shrink", shrink)
+# a failure is shown as it was found: to look for a smaller one may take minutes
+phases = [phase for phase in shrink.phases if phase.name in ("explicit", "reuse", "generate")]
+hypothesis.settings.register_profile("pointrend", shrink, phases=phases)
 hypothesis.settings.load_profile("pointrend")
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--time-limit", type=float, metavar="SECONDS", help="of every test alike")
     parser.addoption(
         "--gpu-twin",
         action="store_true",
@@ -38,9 +44,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(time_limit)
+    interpreter.skip_where_it_fails()
     if config.getoption("--gpu-twin") and not torch.cuda.is_available():
         gpu_twin.install()
-    interpreter.skip_where_it_fails()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -102,7 +102,10 @@ class Kernel:
         """
         launch = Launch(self, arguments, constants, size)
         if _recorded is not None:
-            _recorded.append(launch)
+            launch.pinned = self._pinned(constants)
+            config = launch.pinned or self.configs(constants)[0]
+            if 0 not in grid({**constants, **config.kwargs}):
+                _recorded.append(launch)
         elif INTERPRETED:
             self._run(self._pinned(constants) or self.configs(constants)[0], grid, launch)
         else:
@@ -227,6 +230,7 @@ class Launch:
     arguments: tuple[Any, ...]
     constants: Constants
     size: tuple[int, ...] = field(default=())
+    pinned: triton.Config | None = None  # noted in recording: nothing is pinned any more afterwards
 
     @property
     def key(self) -> str:

@@ -59,7 +59,7 @@ def _gather(
 ):  # fmt: skip
     """Samples all channels of `image` at (x, y) into `at` (pointers to rows), CHUNK at a time.
 
-    Beyond the last channel, up to PADDED, it writes zeros (NaN where all channels are NaN).
+    Beyond the last channel, up to PADDED, it writes zeros.
     """
     column, right, has_left, has_right = linear_taps(x, width, False, False)
     row, below, has_top, has_bottom = linear_taps(y, height, False, False)

@@ -1,26 +1,20 @@
-"""Kernels must write all of what they return: memory that was not written holds NaN here."""
+"""Kernels must write all of what they return, and nothing beside it."""
 
 import pytest
 import torch
-
-POISON = 0x6B  # a byte: a large integer of any width, unlikely by chance
-
-
-def _poisoned(allocate):
-    def poison(*args, **kwargs):
-        tensor = allocate(*args, **kwargs)
-        if tensor.is_floating_point():
-            return tensor.fill_(float("nan"))
-        return tensor.fill_(POISON) if tensor.dtype != torch.bool else tensor.fill_(True)
-
-    return poison
+from guarded_memory import EMPTY, FILLED, Guard
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    for name in ("empty", "empty_like", "empty_strided"):
-        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+def guard(monkeypatch):
+    """Unwritten memory is NaN; what is stored beside an allocation fails the test, after it."""
+    guard = Guard()
+    for name in EMPTY + FILLED:
+        monkeypatch.setattr(torch, name, guard.watch(getattr(torch, name), poison=name in EMPTY))
+    monkeypatch.setattr(torch.Tensor, "new_empty", guard.watch(torch.Tensor.new_empty, poison=True))
+    yield guard
+    if written := list(guard.written()):
+        pytest.fail("\n".join(written), pytrace=False)
 
 
 @pytest.fixture

@@ -310,8 +310,18 @@ def test_recording(gpu):
     assert launches[1].kernel is kernel
     assert launches[1].constants == {"SCALE": 2}
     assert launches[1].size == (7,)
+    assert launches[1].pinned is None
     run(kernel)
     assert gpu.function.launches
+
+
+def test_recording_is_as_launching(gpu):
+    """What is pinned is noted; what has no programs is no launch."""
+    kernel = gpu.kernel()
+    with launch.recording() as launches, launch.pinned(kernel, 1):
+        run(kernel)
+        run(kernel, 0)
+    assert [made.pinned.kwargs["BLOCK"] for made in launches] == [128]
 
 
 @pytest.mark.parametrize(

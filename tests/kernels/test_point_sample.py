@@ -386,6 +386,19 @@ def test_deterministic_sums_are_in_the_order_of_the_points(device):
         assert torch.equal(*runs)
 
 
+@pytest.mark.timeout(30)  # a list that leads into the next map's has no end
+@pytest.mark.parametrize("size", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_all_points_of_several_maps_in_one_cell(deterministic, mode, size, device):
+    """The lists of a map end with its last tap, also where the next map's first has that cell."""
+    input, grad = torch.randn(3, 2, *size, device=device), torch.randn(3, 2, 5, device=device)
+    centre = torch.tensor([0.5 / size[1], 0.5 / size[0]], device=device)
+    coords = centre.expand(3, 5, 2)
+    theirs, exact = gradients_by_torch(grad, coords, input, **options(mode))
+    assert_within(gradient(grad, coords, input, deterministic, mode=mode), theirs, exact)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_tap_is_in_its_cells_list(mode, deterministic, device):

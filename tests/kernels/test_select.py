@@ -288,8 +288,8 @@ def test_launches(n, names):
         (1, 2097152, 8196),
     ],
 )
-def test_sizes_of_the_model(rows, n, k):
-    values = -torch.randn(rows, n, device="cuda").abs()
+def test_sizes_of_the_model(rows, n, k, device):
+    values = -torch.randn(rows, n, device=device).abs()
     for each in (values, values.half().float(), torch.zeros_like(values)):
         first = check(each, k).sort().values
         for _ in range(5):
@@ -297,8 +297,8 @@ def test_sizes_of_the_model(rows, n, k):
 
 
 @pytest.mark.gpu
-def test_in_a_graph():
-    values = torch.randn(1, 100000, device="cuda")
+def test_in_a_graph(device):
+    values = torch.randn(1, 100000, device=device)
     select.topk(values, 500)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
