@@ -5,7 +5,7 @@
 #     bash benchmarks/gpu_check.sh worth OUT            # what is it worth?
 #     bash benchmarks/gpu_check.sh "camvid points" OUT  # any parts
 #
-# "right" is "compile smoke tests", "worth" is "compile again tune bench memcheck"; further parts are
+# "right" is "compile smoke tests", "worth" is "compile again tune bench memcheck"; other parts are
 # end_to_end, train_step, camvid, headless, points, shapes, data, racecheck and initcheck. identity
 # is part of every call. docs/benchmarks.md says what to call in which order.
 #
@@ -97,7 +97,7 @@ run() {
 # put FILE NAME: into OUT, whole or not at all
 put() { cp "$1" "$out/new" && mv "$out/new" "$out/$2"; }
 
-# what there is so far, into OUT; checkpoints are too large
+# what there is so far, into OUT; checkpoints and TensorBoard's pictures are too large
 keep() {
     (
         flock 9
@@ -106,7 +106,7 @@ keep() {
             [ ! -e "$table" ] || put "$table" tuned.json
         done
         if [ -n "$(ls -A "$files")" ]; then
-            tar -czf "$work/files.tar.gz" -C "$files" --exclude='*.pth' . &&
+            tar -czf "$work/files.tar.gz" -C "$files" --exclude='*.pth' --exclude='events.*' . &&
                 put "$work/files.tar.gz" files.tar.gz
         fi
     ) 9>"$work/lock"
@@ -138,9 +138,9 @@ pytests() {
     if "$python" -c 'import xdist' 2>/dev/null; then
         workers=(-n "$(nproc)")
     fi
-    run "$title" "$limit" env POINTREND_AUTOTUNE=0 "$python" -m pytest -v --tb=short --durations=15 \
-        -p no:cacheprovider -p benchmarks.watch "${workers[@]}" --failed "$out/failed.txt" \
-        --junitxml="$files/junit_$limit.xml" "$@"
+    run "$title" "$limit" env POINTREND_AUTOTUNE=0 "$python" -m pytest -v --tb=short \
+        --durations=15 -p no:cacheprovider -p benchmarks.watch "${workers[@]}" \
+        --failed "$out/failed.txt" --junitxml="$files/junit_$limit.xml" "$@"
 }
 
 tests() {
@@ -225,7 +225,7 @@ camvid_config=(camvid_r50 data.root="$camvid" train.device="$device" amp=true ch
     data.cache="$work/cache" log_every=20)
 if [ -n "${QUICK:-}" ]; then
     camvid_config+=(model.depth=18 base_channels=8 fpn_channels=16 head_channels=8
-        "data.crop_size=[64,64]" data.workers=1 train.batch_size=2 log_every=1)
+        "data.crop_size=[64,64]" data.workers=1 train.batch_size=2 train.eval_images=2 log_every=1)
 fi
 
 # how many iterations fit into CAMVID_MINUTES, by the speed at the end of a short trial

@@ -13,7 +13,6 @@ import importlib
 import os
 import shutil
 import sys
-from importlib import metadata
 
 import torch
 
@@ -33,8 +32,7 @@ def version(package: str) -> str | None:
         module = importlib.import_module(package)
     except Exception:  # some need a library of the system that may be absent
         return None
-    names = metadata.packages_distributions().get(package, [])
-    return getattr(module, "__version__", None) or (metadata.version(names[0]) if names else "here")
+    return getattr(module, "__version__", "of no version")
 
 
 def gpu(device: torch.device) -> str:
@@ -67,7 +65,6 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in sorted(os.environ.items()):
         if name.startswith(SETTINGS):
             print(f"{name}={value}")
-    print(f"cores: {len(os.sched_getaffinity(0))}")
     return int(None in versions.values())
 
 

@@ -15,8 +15,6 @@ import sys
 import tarfile
 from pathlib import Path
 
-import triton
-
 # binaries, what Triton must know of them, and what launches them: a twentieth of the whole
 KEPT = ("*/*.cubin", "*/*.json", "*/*.so")
 
@@ -50,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("what", choices=("pack", "unpack"))
     parser.add_argument("file", type=Path)
     args = parser.parse_args(argv)
+
+    import triton  # has no build for some systems
+
     folder = Path(triton.knobs.cache.dir)
     folder.mkdir(parents=True, exist_ok=True)
     count = pack(folder, args.file) if args.what == "pack" else unpack(args.file, folder)

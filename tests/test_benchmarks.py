@@ -4,7 +4,10 @@ import csv
 import importlib
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields, replace
 
 import pytest
@@ -406,9 +409,47 @@ def test_tritons_cache_is_carried(tmp_path):
     assert not (tmp_path / "cache.tar.xz.new").exists()
 
 
+COMPILES = """
+import sys
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+@triton.jit
+def kernel(x):
+    tl.store(x, tl.load(x) + 1)
+
+triton.knobs.compilation.listener = lambda *, cache_hit, **_: print(cache_hit)
+source = ASTSource(kernel, {"x": "*fp32"}, {})
+assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+"""
+
+
+@pytest.mark.slow
+def test_triton_takes_what_was_carried(tmp_path):
+    """A kernel from another folder, in a program that lies elsewhere."""
+    pytest.importorskip("triton", reason="needs Triton")
+    found = []
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "program.py").write_text(COMPILES)
+        cache = tmp_path / name / "cache"
+        if name == "there":
+            triton_cache.pack(tmp_path / "here" / "cache", tmp_path / "cache.tar.xz")
+            triton_cache.unpack(tmp_path / "cache.tar.xz", cache)
+        environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0"}
+        command = [sys.executable, tmp_path / name / "program.py"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout.strip())
+    assert found == ["False", "True"]
+
+
 def test_identity(capsys):
     assert identity.main(["--device", "cpu"]) == 0
     out = capsys.readouterr().out
     for name in ("date", "commit", "torch", "triton", "cv2", "pytest", "compute-sanitizer"):
         assert re.search(f"^{name}: .", out, re.M), name
     assert identity.version("no_such_package") is None
+    assert identity.version("numpy")[0].isdigit()

@@ -347,7 +347,7 @@ def test_compiled_without_bucket(monkeypatch):
     ready, plain = Predictor(model, compile=True), Predictor(model)
     sizes = [(512, 683), (683, 512), (513, 683), (515, 690), (512, 768), (576, 704)]
     counts = counted.sizes(ready, plain, sizes)
-    assert counts[1] == 2 and counts[-1] <= 4
+    assert counts[1] == 2 and counts[-1] <= 5  # 5 in PyTorch 2.11, later 4
     assert counted.sizes(ready, plain, sizes)[-1] == counts[-1]
 
 

@@ -63,6 +63,48 @@ def test_a_launch_finds_it_in_the_cache():
     assert ran.stdout.splitlines()[-1:] == ["[True, True]"], ran.stdout + ran.stderr
 
 
+UNSEEN = """
+import torch
+from benchmarks import compiled, launches, ptx
+from pointrend_triton.kernels import decode, point_head, uncertainty
+
+def empty(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+recorder = launches.Recorder(90)
+with recorder.collecting("tests", ""):
+    maps = empty(1, 32, 8, 8), empty(1, 19, 4, 4), empty(1, 64, 2)
+    # small: with more hidden layers, barriers of the dots stand in for some that are missing
+    weights, biases = [empty(32, 51), empty(3, 32)], [empty(32), empty(3)]
+    packed = point_head.pack(
+        weights, biases, fine_channels=32, classes=19, coarse_each_layer=False, dtype=torch.bfloat16
+    )
+    point_head.forward(*maps, packed, save=False)
+    logits, saved = point_head.forward(*maps, packed, save=True)
+    point_head.mlp_backward(logits, saved, packed)
+    decode.decode(maps[1], (7, 7))
+    uncertainty.sampled(maps[1], maps[2], kind="top2_margin")
+    uncertainty.upsample(maps[1], 2, kind="top2_margin", return_logits=True, return_labels=True)
+names = []
+for one in recorder.found.values():
+    if one.kernel in ptx.READ_BACK or one.kernel in ptx.KEEPS_NAN:
+        names.append(one.kernel)
+        if problem := compiled.compile_one(one, 90, launcher=False)["problem"]:
+            print(one.kernel, problem)
+print(*sorted(names))
+"""
+
+
+@pytest.mark.slow
+def test_what_the_interpreter_cannot_see():
+    """Barriers and NaN, in the kernels that depend on them: one of each kind, soon."""
+    ran = python("-c", UNSEEN)
+    assert ran.stdout.splitlines() == [
+        "decode.resample point_head.dgrad point_head.forward point_head.forward "
+        "uncertainty.double uncertainty.sampled"
+    ], ran.stdout + ran.stderr
+
+
 def compile_of(kernel, **changes):
     parts = {"config": "X=1", "signature": {}, "constants": {}, "attributes": {}, "options": {}}
     return compiled.Compile(**(parts | {"kernel": kernel, "places": {"tests": "here"}} | changes))
