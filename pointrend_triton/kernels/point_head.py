@@ -379,8 +379,8 @@ def _config(rows: int, warps: int, stages: int, step: int = 32) -> Config:
 
 
 def _dgrad_configs(constants: Constants) -> list[Config]:
-    if constants["PRECISION"] == "ieee":  # without tensor cores; Triton 3.6 spills with 64 rows
-        return [_config(32, 16, 2, 16), _config(64, 16, 2, 16), _config(16, 8, 2, 16)]
+    if constants["PRECISION"] == "ieee":  # without tensor cores
+        return [_config(64, 16, 2, 16), _config(16, 8, 2, 16)]
     if constants["PRECISION"] == "tf32":
         return [_config(64, 16, 3, 16), _config(32, 8, 3)]
     return [_config(64, 8, 4), _config(64, 16, 3), _config(32, 8, 4), _config(32, 8, 3)]
@@ -388,6 +388,8 @@ def _dgrad_configs(constants: Constants) -> list[Config]:
 
 def _configs(constants: Constants) -> list[Config]:
     configs = _dgrad_configs(constants)
+    if constants["PRECISION"] == "ieee":  # with 64 rows Triton 3.6 spills
+        configs.insert(0, _config(32, 16, 2, 16))
     if constants["PRECISION"] == "half" and constants["OUTPUTS_PAD"] <= _BLOCK.value:
         configs.append(_config(128, 16, 4))  # with more outputs an A100 has too few registers
     return configs
