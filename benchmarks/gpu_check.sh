@@ -131,7 +131,8 @@ smoke() {
     run smoke smoke "$python" -m benchmarks.smoke --device "$device"
 }
 
-# pytests TITLE LIMIT ARGUMENTS...: not tuned, as tuning has its turn
+# pytests TITLE LIMIT ARGUMENTS...: not tuned, as tuning has its turn; drawn examples are those that
+# "compile" has compiled
 pytests() {
     local title=$1 limit=$2 workers=()
     shift 2
@@ -140,6 +141,7 @@ pytests() {
     fi
     run "$title" "$limit" env POINTREND_AUTOTUNE=0 "$python" -m pytest -v --tb=short \
         --durations=15 -p no:cacheprovider -p benchmarks.watch "${workers[@]}" \
+        --hypothesis-seed=0 \
         --failed "$out/failed.txt" --junitxml="$files/junit_$limit.xml" "$@"
 }
 
