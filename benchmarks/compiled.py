@@ -129,7 +129,7 @@ def compile_one(one: Compile, arch: int, launcher: bool) -> dict[str, Any]:
             "spilled_bytes": resources.usage(compiled.asm["cubin"])[1] if one.untuned else 0,
             "tensor_core_instructions": any(i in text for i in resources.TENSOR_CORES.values()),
         }
-        dots = one.known.get("PRECISION", "ieee") != "ieee"
+        dots = one.kernel in ptx.DOTS and one.known["PRECISION"] != "ieee"
         dots |= any(map(resources.uses_tensor_cores, compiled.asm["ttir"].splitlines()))
         problems = [resources.problem(row, text, dots)]
         problems += ptx.problems(one.kernel, text, one.parameters, one.known)

@@ -15,14 +15,16 @@ from typing import Any
 Constants = dict[str, Any]
 
 # Kernels whose running maximum over classes (`decode.keep`) hands NaN on, and when it is compiled
-# in: where all classes are one tile it has nothing to do.
+# in: the first tile of classes needs none, the last one may need none.
 KEEPS_NAN: dict[str, Callable[[Constants], bool]] = {
     "decode.resample": lambda c: (
-        c["C"] > c["CLASSES"] and (c["LABELS"] or (c["SCORES"] and c["MARGIN"]))
+        c["C"] > 2 * c["CLASSES"] and (c["LABELS"] or (c["SCORES"] and c["MARGIN"]))
     ),
-    "uncertainty.double": lambda c: c["C"] > c["CLASSES"] and (c["LABELS"] or c["MARGIN"]),
-    "uncertainty.sampled": lambda c: c["C"] > c["CLASSES"],
+    "uncertainty.double": lambda c: c["C"] > 2 * c["CLASSES"] and (c["LABELS"] or c["MARGIN"]),
+    "uncertainty.sampled": lambda c: c["C"] > 2 * c["CLASSES"],
 }
+# Kernels with dots, which use tensor cores unless PRECISION is "ieee".
+DOTS = ("point_head.forward", "point_head.dgrad")
 # Kernels whose threads read what other threads of the program wrote, where there are hidden layers,
 # and the parameter. Writes wait for reads too: without backward, a layer's output goes over its
 # input.

@@ -244,7 +244,7 @@ def test_without_hidden_layers_nothing_is_read_back():
     "name, constants, wants",
     [
         ("uncertainty.sampled", {}, True),
-        ("uncertainty.sampled", {"C": 8}, False),  # all in one tile
+        ("uncertainty.sampled", {"C": 16}, False),  # in two tiles
         ("uncertainty.double", {"LABELS": False}, True),
         ("uncertainty.double", {"LABELS": False, "MARGIN": False}, False),
         ("decode.resample", {"SCORES": False}, True),
