@@ -377,7 +377,7 @@ FAULTS = [
          "the row behind a picture's last is read"),
     ),
     *_of(
-        "augment.augment", "augment:_round", "augment",
+        "augment.augment", "augment:_round", "augment: places",
         ("ties", "(value + 12582912.0) - 12582912.0", "tl.floor(value + 0.5)", "halves go up"),
     ),
     *_of(

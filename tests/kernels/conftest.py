@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from guarded_memory import EMPTY, FILLED, Guard
+from guarded_memory import COPIES, EMPTY, FILLED, Guard
 
 
 @pytest.fixture(autouse=True)
@@ -11,7 +11,9 @@ def guard(monkeypatch):
     guard = Guard()
     for name in EMPTY + FILLED:
         monkeypatch.setattr(torch, name, guard.watch(getattr(torch, name), poison=name in EMPTY))
-    monkeypatch.setattr(torch.Tensor, "new_empty", guard.watch(torch.Tensor.new_empty, poison=True))
+    for name in ("new_empty", *COPIES):
+        method = guard.watch(getattr(torch.Tensor, name), poison=name == "new_empty")
+        monkeypatch.setattr(torch.Tensor, name, method)
     yield guard
     if written := list(guard.written()):
         pytest.fail("\n".join(written), pytrace=False)

@@ -83,6 +83,7 @@ def test_colours(colours, device):
         place((1, 1), (50, 60), 7, 8),
         place((50, 60), (1, 1)),
         place((3, 1), (9, 200), 1, 150),
+        place((20, 6), (20, 4096), 5, 1000),  # weights that lie halfway between two of 2^-11
     ],
 )
 def test_places(crop, flipped, device):

@@ -32,6 +32,9 @@ def allocations(device):
     yield torch.full_like(like, 3), False
     yield torch.tensor([[1, 2], [3, 4]], device=device), False
     yield torch.randn(3, 4, device=device, requires_grad=True), False
+    yield like.clone(), False
+    yield like.contiguous(), False
+    yield like.to(torch.float16), False
 
 
 def test_tensors_are_as_without_margins(device, monkeypatch):
@@ -45,6 +48,13 @@ def test_tensors_are_as_without_margins(device, monkeypatch):
         assert ours.stride() == theirs.stride()
         assert ours.data_ptr() % 64 == 0 and not ours._is_view()
         assert is_empty or torch.equal(ours, theirs)
+
+
+def test_what_is_there_already_is_not_copied(guard, device):
+    tensor = torch.zeros(2, 3, device=device, requires_grad=True)
+    assert tensor.contiguous() is tensor and tensor.to(torch.float32) is tensor
+    assert tensor.clone().grad_fn is not None
+    assert len(guard.allocations) == 1
 
 
 def test_what_is_not_written_is_poisoned(device):
