@@ -71,8 +71,11 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def exact_float32() -> Iterator[None]:
-    """The PyTorch that kernels are compared with never uses TF32, a GPU's default."""
-    with precision.tf32(False):
+    """The PyTorch that kernels are compared with never uses TF32, a GPU's default.
+
+    And gradients are on: PyTorch 2.11 leaves them off where a test ends in the middle of a trace.
+    """
+    with torch.enable_grad(), precision.tf32(False):
         yield
 
 
