@@ -73,7 +73,7 @@ def seed() -> None:
 def exact_float32() -> Iterator[None]:
     """The PyTorch that kernels are compared with never uses TF32, a GPU's default.
 
-    And gradients are on: PyTorch 2.11 leaves them off where a test ends in the middle of a trace.
+    And gradients are on, whatever a test that was skipped halfway has left behind.
     """
     with torch.enable_grad(), precision.tf32(False):
         yield
