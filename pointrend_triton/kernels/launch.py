@@ -38,8 +38,8 @@ def _release(version: str) -> tuple[int, ...]:
 
 # why the interpreter fails here, or None: its loops take a length for a number of no dimensions
 INTERPRETER_FAULT = (
-    f"Triton {triton.__version__}'s interpreter needs NumPy below 2.5, not {np.__version__}"
-    if _release(triton.__version__) < (3, 7) and _release(np.__version__) >= (2, 5)
+    f"Triton {triton.__version__}'s interpreter needs NumPy below 2.4, not {np.__version__}"
+    if _release(triton.__version__) < (3, 7) and _release(np.__version__) >= (2, 4)
     else None
 )
 # bytes of shared memory one program may have, by compute capability
